@@ -1,0 +1,53 @@
+"""The scan that chose the tour's learning rates: each optimiser, four rates, both arms, on a seed the tour does not use.
+
+    python benchmarks/tour_learning_rates.py --out benchmarks/results/tour_learning_rates.csv
+
+Rule: the rate with the lowest mean over the two arms of the validation loss at the last step. A run that diverged has
+no loss and cannot be chosen.
+"""
+
+import argparse
+import csv
+import tempfile
+from pathlib import Path
+
+from erlangen.lm.logs import read_jsonl
+from erlangen.studies.tour import ARMS, execute, run_config
+
+SEED = 1000
+GRID = {
+    "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
+    "sgdm": (0.01, 0.03, 0.1, 0.3),
+    "soap": (1e-3, 3e-3, 1e-2, 3e-2),
+    "ecd": (0.1, 0.3, 1.0, 3.0),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tour_learning_rates.csv"))
+    parser.add_argument("--steps", type=int, default=600, help="steps of each run, as in the tour")
+    parser.add_argument("--runs", type=Path, help="folder of the runs, kept (default: a temporary one)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.runs or Path(temporary)
+        cases = [
+            (optimizer, lr, arm, run_config(optimizer, arm, seed=SEED, steps=arguments.steps, lr=lr,
+                                            out=folder / f"{optimizer}-{lr:g}-{arm}"))
+            for optimizer, rates in GRID.items() for lr in rates for arm in ARMS
+        ]  # fmt: skip
+        execute([config for *_, config in cases], progress=lambda done, total: print(f"{done}/{total}", end="\r"))
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.out.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("optimizer", "lr", "arm", "seed", "steps", "validation_loss"))
+            for optimizer, lr, arm, config in cases:
+                last = read_jsonl(config.out / "log.jsonl")[-1]
+                finished = last["step"] == arguments.steps and "validation_loss" in last
+                writer.writerow(
+                    (optimizer, lr, arm, SEED, arguments.steps, last["validation_loss"] if finished else "")
+                )
+
+
+if __name__ == "__main__":
+    main()

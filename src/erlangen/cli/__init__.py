@@ -1,0 +1,66 @@
+"""The command line: thin commands over the library.
+
+Errors that a user can act on end in one sentence and exit status 2; ``--traceback`` shows where they came from.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+_USAGE = """\
+usage: erlangen COMMAND [options]
+
+  tour     train small transformers, symmetric and broken, and write a report (about five minutes)
+  train    train a language model
+
+  erlangen COMMAND --help    options and an example
+  erlangen --version
+  --traceback (anywhere)     on an error, show where it came from
+"""
+
+
+def _tour(arguments: Sequence[str]) -> int:
+    from .tour import main
+
+    return main(arguments)
+
+
+def _train(arguments: Sequence[str]) -> int:
+    from .train import main
+
+    return main(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"tour": _tour, "train": _train}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in arguments
+    if traceback:
+        arguments.remove("--traceback")
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    if name == "--version":
+        from erlangen import __version__
+
+        print(f"erlangen {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"erlangen: there is no command {name!r}: choose {' or '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name](arguments[1:])
+    except KeyboardInterrupt:
+        print("erlangen: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if traceback:
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            text = " ".join(str(error).split())
+            print(f"erlangen {name}: {text or type(error).__name__}", file=sys.stderr)
+        return 2

@@ -1,0 +1,106 @@
+"""``erlangen train``."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from erlangen import lm
+
+_DESCRIPTION = """\
+Train a language model.
+
+  erlangen train                                          a tiny byte model on the standard library's source
+  erlangen train --data.corpus book.txt --steps 2000      on a text of yours
+  erlangen train --optimizer.name ecd --breaking.enabled  energy-conserving descent, head symmetry broken
+  erlangen train --preset 124m --data.corpus hf:HuggingFaceFW/fineweb-edu:sample-10BT --data.tokenizer gpt2
+  erlangen train --resume runs/NAME                       go on with a stopped run
+  torchrun --nproc-per-node 2 -m erlangen train --parallel fsdp ...
+
+Ctrl-C stops after the current step and writes a checkpoint; a second one stops at once.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Train a language model."""
+
+    preset: Literal["tiny", "small", "medium", "124m"] = "tiny"
+    """Size of the model; the defaults of --model.* below are those of the preset."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with the options it was started with."""
+    config: Annotated[lm.TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lm.TrainConfig)
+
+
+def _preset(arguments: Sequence[str]) -> str:
+    """The preset named among the arguments: it decides the defaults of the others."""
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith("--preset="):
+            return argument.partition("=")[2]
+    return "tiny"
+
+
+def parse(arguments: Sequence[str]) -> TrainCommand:
+    """The command that the arguments spell."""
+    name = _preset(arguments)
+    model = lm.PRESETS.get(name, lm.PRESETS["tiny"])
+    default = TrainCommand(config=replace(lm.TrainConfig(), model=model))
+    return tyro.cli(
+        TrainCommand, args=list(arguments), default=default, prog="erlangen train", description=_DESCRIPTION
+    )
+
+
+class Reporter:
+    """A progress bar on a terminal; elsewhere a line at each validation."""
+
+    def __init__(self, console: Console, steps: int | None) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("training", total=steps)
+
+    def __call__(self, step: int, record: Mapping[str, Any]) -> None:
+        self.bar.update(self.task, completed=step, description=f"loss {record['loss']:.4f}")
+        if "validation_loss" in record:
+            error = record["validation_standard_error"]
+            spread = "" if error is None else f" ± {error:.4f}"
+            self.console.print(
+                f"step {step}: loss {record['loss']:.4f}, validation {record['validation_loss']:.4f}{spread}",
+                highlight=False,
+            )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train or resume; exit status 0, or 130 for a run that was stopped and can be resumed."""
+    command = parse(arguments)
+    first = int(os.environ.get("RANK", 0)) == 0
+    console = Console(file=sys.stdout, quiet=not first)
+    total = None if command.resume else command.config.steps
+    reporter = Reporter(console, total)
+    with reporter.bar if first else nullcontext():
+        if command.resume is not None:
+            result = lm.resume(command.resume, progress=reporter)
+        else:
+            result = lm.train(command.config, progress=reporter)
+    if not result.finished:
+        console.print(f"stopped; go on with: erlangen train --resume {result.folder}", highlight=False, soft_wrap=True)
+        return 130
+    console.print(f"done: {result.folder}", highlight=False, soft_wrap=True)
+    return 0

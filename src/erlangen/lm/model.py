@@ -1,0 +1,233 @@
+"""A decoder transformer, GPT-style, pre-norm.
+
+Shape suffixes: B batch, T tokens, C width (dim), H query heads, K key/value heads, D width of a head, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from erlangen.gauge import HeadLayout, head_layouts
+
+from .config import GPTConfig
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Losses are taken in float32 when the logits are of lower precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Rotary(nn.Module):
+    """Rotary positions (Su et al., arXiv 2104.09864) on the first rotary_dim coordinates, planes (i, i + half)."""
+
+    def __init__(self, rotary_dim: int, context_length: int, base: float) -> None:
+        super().__init__()
+        half = rotary_dim // 2
+        frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
+        angle_TD = torch.outer(torch.arange(context_length, dtype=torch.float64), frequency)
+        self.register_buffer("cos", angle_TD.cos().to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("sin", angle_TD.sin().to(torch.get_default_dtype()), persistent=False)
+
+    def forward(self, x_BHTD: Tensor) -> Tensor:
+        half = self.cos.shape[-1]
+        cos, sin = self.cos[: x_BHTD.shape[-2]], self.sin[: x_BHTD.shape[-2]]
+        # Under autocast x may be low precision; the turn is taken in the precision of the table.
+        first, second, rest = x_BHTD.split([half, half, x_BHTD.shape[-1] - 2 * half], dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHTD.dtype)
+        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+class Attention(nn.Module):
+    """Causal self-attention over `scaled_dot_product_attention`, with grouped keys when num_kv_heads < num_heads."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
+        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
+        kv_dim, bias = config.kv_heads * config.head_dim, config.attention_bias
+        self.query = nn.Linear(config.dim, config.dim, bias=bias)
+        self.key = nn.Linear(config.dim, kv_dim, bias=bias)
+        self.value = nn.Linear(config.dim, kv_dim, bias=bias)
+        self.output = nn.Linear(config.dim, config.dim, bias=bias)
+
+    def forward(self, x_BTC: Tensor, rotary: Rotary | None = None) -> Tensor:
+        q_BHTD = self.query(x_BTC).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k_BKTD = self.key(x_BTC).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v_BKTD = self.value(x_BTC).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        if self.qk_norm:
+            q_BHTD, k_BKTD = F.rms_norm(q_BHTD, (self.head_dim,)), F.rms_norm(k_BKTD, (self.head_dim,))
+        if rotary is not None:
+            q_BHTD, k_BKTD = rotary(q_BHTD), rotary(k_BKTD)
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=self.num_kv_heads < self.num_heads
+        )
+        return self.output(y_BHTD.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Feed-forward layer: GELU, SwiGLU, or PReLU with one learned slope a feature."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        self.up = nn.Linear(config.dim, config.hidden_dim, bias=config.bias)
+        if self.kind == "swiglu":
+            self.gate = nn.Linear(config.dim, config.hidden_dim, bias=config.bias)
+        elif self.kind == "prelu":
+            self.slope = nn.Parameter(torch.empty(config.hidden_dim))
+        self.down = nn.Linear(config.hidden_dim, config.dim, bias=config.bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        hidden = self.up(x_BTC)
+        if self.kind == "swiglu":
+            hidden = F.silu(self.gate(x_BTC)) * hidden
+        elif self.kind == "prelu":
+            hidden = torch.where(hidden >= 0, hidden, self.slope.to(hidden.dtype) * hidden)
+        else:
+            hidden = F.gelu(hidden)
+        return self.down(hidden)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim, bias=config.bias)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.dim, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, rotary: Rotary | None = None) -> Tensor:
+        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rotary)
+        return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+
+
+class GPT(nn.Module):
+    """A decoder transformer.
+
+    Weights start from N(0, 0.02²), those that write to the residual stream from N(0, 0.02² / (2 num_layers)), biases
+    from 0, PReLU slopes from N(0.2, 1) (as in the code published with arXiv 2601.22257).
+
+    Args:
+        config: its shape; vocab_size must be given.
+        generator: of the initial weights. None: torch's global one.
+
+    Attributes:
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: GPTConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("GPT needs the size of its vocabulary: set GPTConfig(vocab_size=...)")
+        self.config = config
+        self.gradient_checkpointing = False
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.context_length, config.dim)
+            self.rotary = None
+        else:
+            self.rotary = Rotary(config.rotary_dim, config.context_length, config.rotary_base)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.norm = nn.LayerNorm(config.dim, bias=config.bias)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.token_embedding.weight
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial weights again."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.num_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith("slope"):
+                parameter.normal_(0.2, 1.0, generator=generator)
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            else:
+                writes = name.endswith(("attention.output.weight", "mlp.down.weight"))
+                parameter.normal_(0.0, residual_std if writes else 0.02, generator=generator)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits of the next token, and the mean cross-entropy when targets are given.
+
+        Args:
+            tokens: int64 [B, T], T at most context_length.
+            targets: int64 [B, T], or None; positions of target -100 do not count.
+
+        Returns:
+            logits [B, T, V] and the loss [] in nats, or None.
+
+        Raises:
+            ValueError: the sequence is longer than the context.
+        """
+        if tokens.shape[-1] > self.config.context_length:
+            raise ValueError(
+                f"a sequence has at most context_length = {self.config.context_length} tokens, "
+                f"received {tokens.shape[-1]}: shorten it, or build the model with a longer context"
+            )
+        x_BTC = self.token_embedding(tokens)
+        if self.rotary is None:
+            x_BTC = x_BTC + self.position_embedding.weight[: tokens.shape[-1]]
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x_BTC = checkpoint(block, x_BTC, self.rotary, use_reentrant=False)
+            else:
+                x_BTC = block(x_BTC, self.rotary)
+        logits_BTV = self.head(self.norm(x_BTC))
+        if targets is None:
+            return logits_BTV, None
+        return logits_BTV, F.cross_entropy(at_least_float32(logits_BTV).flatten(0, 1), targets.flatten())
+
+    @torch.inference_mode()
+    def generate(
+        self, tokens: Tensor, num_tokens: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Continue sequences, in evaluation mode, one token at a time over the last context_length tokens.
+
+        Args:
+            tokens: int64 [B, T], T at least 1.
+            num_tokens: how many to add.
+            temperature: of the sampling; 0 takes the most likely token.
+            generator: of the sampling, on the tokens' device.
+
+        Returns:
+            int64 [B, T + num_tokens].
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            for _ in range(num_tokens):
+                logits_BV = self(tokens[:, -self.config.context_length :])[0][:, -1]
+                if temperature > 0:
+                    probabilities = (logits_BV.float() / temperature).softmax(dim=-1)
+                    choice = torch.multinomial(probabilities, 1, generator=generator)
+                else:
+                    choice = logits_BV.argmax(dim=-1, keepdim=True)
+                tokens = torch.cat([tokens, choice], dim=1)
+        finally:
+            self.train(was_training)
+        return tokens
+
+
+@head_layouts.register
+def _(model: GPT) -> tuple[HeadLayout, ...]:
+    config = model.config
+    return tuple(
+        HeadLayout(
+            num_heads=config.num_heads,
+            num_kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            query=f"blocks.{layer}.attention.query",
+            key=f"blocks.{layer}.attention.key",
+            value=f"blocks.{layer}.attention.value",
+            output=f"blocks.{layer}.attention.output",
+            rotary_dim=config.rotary_dim,
+            qk_norm=config.qk_norm,
+        )
+        for layer in range(config.num_layers)
+    )

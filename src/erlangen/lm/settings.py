@@ -1,0 +1,198 @@
+"""What a training run is made of: one dataclass, saved beside its results and read back to resume."""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .config import GPTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the model reads."""
+
+    corpus: str = "stdlib"
+    """A text file, a directory, "stdlib" (the Python standard library's source), "hf:NAME[:CONFIG]" (a Hugging Face
+    data set, streamed), or .bin shards (a file, a directory or a quoted glob)."""
+    tokenizer: str = "bytes"
+    """"bytes", "gpt2", or the path of a tokenizers JSON file. For .bin shards: the one that made them."""
+    validation_fraction: float = 0.1
+    """Share of the corpus held out."""
+    max_tokens: int | None = None
+    """Stop reading the corpus after so many tokens."""
+    text_field: str = "text"
+    """The field of a Hugging Face data set that holds the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimiser. A field left at None takes the optimiser's own default; one it does not have is an error."""
+
+    name: Literal["adamw", "sgdm", "soap", "ecd", "muon"] = "adamw"
+    """AdamW, SGD with momentum, SOAP, energy-conserving descent, or Muon."""
+    lr: float | None = None
+    """Learning rate, before the schedule."""
+    weight_decay: float | None = None
+    """Weight decay; of matrices only."""
+    betas: tuple[float, float] | None = None
+    """AdamW, SOAP: decay of the first and second moment."""
+    momentum: float | None = None
+    """SGDM, Muon: decay of the momentum."""
+    nesterov: bool | None = None
+    """SGDM: look ahead along the momentum."""
+    eta: float | None = None
+    """ECD: how strongly low loss is preferred."""
+    F0: float | None = None
+    """ECD: a bound that the loss stays above."""
+    nu: float | None = None
+    """ECD: size of the random turn after each step."""
+    kick: Literal["exact", "euler"] | None = None
+    """ECD: the norm-preserving kick, or the published one."""
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that were given, less the name."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if value is not None and name != "name"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreakingConfig:
+    """Unlearned query and value biases (`erlangen.breaking.break_symmetry`)."""
+
+    enabled: bool = False
+    """Break the rotational symmetry of the heads."""
+    query_mean: float = 0.5
+    """Mean of every coordinate of the query bias."""
+    query_std: tuple[float, float] = (0.05, 0.15)
+    """Its deviation, at the first and the last coordinate of a head."""
+    value_mean: float = 0.0
+    """Mean of every coordinate of the value bias."""
+    value_std: tuple[float, float] = (0.05, 0.05)
+    """Its deviation, at the first and the last coordinate of a head."""
+    per_head: bool = False
+    """A vector of its own for each head, rather than one shared by the heads of a layer."""
+    redraw: Literal["forward", "step"] = "forward"
+    """Draw on every training forward, or once a step of the optimiser."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. Two runs of one config on one machine give the same losses, bit for bit on CPU."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: GPTConfig = field(default_factory=GPTConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    breaking: BreakingConfig = field(default_factory=BreakingConfig)
+    steps: int = 1000
+    """Steps of the optimiser."""
+    batch_size: int = 16
+    """Windows of context_length tokens a step, over all processes and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches a step."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup: int = 0
+    """Steps over which the learning rate rises from 0."""
+    final_lr: float = 0.1
+    """Learning rate at the end, as a share of the largest."""
+    clip: float | None = None
+    """Largest norm of the gradient; None does not clip."""
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """float32, bfloat16 autocast over float32 weights, or float64."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass instead of keeping their activations."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: copies of the model, or shards of it."""
+    device: str = "auto"
+    """"auto", "cpu" or "cuda"."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and the draws of the biases."""
+    eval_every: int = 100
+    """Steps between two validations; the last step always has one."""
+    eval_windows: int = 256
+    """Validate on so many windows, the same ones each time (or on all there are, if fewer)."""
+    log_charges: bool = True
+    """Log the Noether charges of the heads at each validation."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; the end of the run and a stop always have one."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the newest ones."""
+    track: str = "none"
+    """"none", "tensorboard", or a module with wandb's init, log and finish, such as wandb or trackio."""
+    out: Path | None = None
+    """Folder of the run. None: runs/ and a name made of the time, the optimiser and the breaking."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "eval_every", "eval_windows", "checkpoint_every",
+                     "keep_checkpoints"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, received {getattr(self, name)}")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size must be a multiple of accumulation, received {self.batch_size} windows "
+                f"in {self.accumulation} micro-batches"
+            )
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup must lie between 0 and steps = {self.steps}, received {self.warmup}")
+        if not 0.0 <= self.final_lr <= 1.0:
+            raise ValueError(f"final_lr is a share of the learning rate, between 0 and 1, received {self.final_lr}")
+        if self.clip is not None and not self.clip > 0.0:
+            raise ValueError(f"clip must be positive, or None not to clip, received {self.clip}")
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of a step (counted from 0), as a share of the largest."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return 1.0
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        left = 0.5 * (1.0 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1.0 - progress
+        return self.final_lr + (1.0 - self.final_lr) * left
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON-ready values."""
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """A config dataclass from what `to_dict` gave (through JSON or not).
+
+    Raises:
+        ValueError: a field is unknown, or its value is not one the field takes.
+    """
+    hints = get_type_hints(cls)
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
+    return cls(**{name: _read(f"{cls.__name__}.{name}", hints[name], value) for name, value in values.items()})
+
+
+def _read(name: str, hint: Any, value: Any) -> Any:
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _read(name, next(h for h in get_args(hint) if h is not type(None)), value)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+    elif origin is tuple:
+        return tuple(value)
+    elif hint is Path:
+        return Path(value)
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint):
+        return value
+    raise ValueError(f"{name} cannot be {value!r}")

@@ -1,0 +1,122 @@
+"""Figures are repeatable, well formed, and meet NaN, one seed and zeros."""
+
+import math
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from erlangen.report import IntervalRow, Series, curves, intervals, small_multiples
+
+matplotlib = pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'erlangen[report]'")
+
+STEPS = np.arange(20)
+LABELS = {"x_label": "step", "y_label": "loss"}
+
+
+def noisy(seeds=3, scale=1.0):
+    return scale * np.exp(np.random.default_rng(0).normal(size=(seeds, len(STEPS))))
+
+
+def texts(svg):
+    ET.fromstring(svg)  # well formed
+    return [text for node in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text") if (text := node.text)]
+
+
+def test_curves_name_their_labels_groups_and_axes():
+    series = [Series("AdamW", STEPS, noisy(), "broken"), Series("AdamW", STEPS, 2 * noisy(), "symmetric")]
+    words = texts(curves(series, title="Loss", **LABELS))
+    assert {"AdamW", "broken", "symmetric", "step", "loss", "Loss"} <= set(words)
+    assert words.count("AdamW") == 1  # one colour for a label, whatever the group
+
+
+def test_the_same_data_gives_the_same_bytes_whatever_the_users_settings():
+    def draw():
+        return curves([Series("a", STEPS, noisy()), Series("b", STEPS, noisy(1))], log_y=True, **LABELS)
+
+    first = draw()
+    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "other", "lines.linewidth": 9}):
+        assert draw() == first
+        assert matplotlib.rcParams["font.size"] == 30
+    assert "<dc:date>" not in first
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+@pytest.mark.parametrize(
+    "y",
+    [
+        np.zeros((3, 20)),
+        np.full((3, 20), np.nan),
+        np.where(STEPS > 10, np.nan, noisy()),
+        np.where(STEPS > 10, np.inf, noisy(1)),
+        noisy(1)[0],
+        noisy(12),
+        np.full((2, 20), 3.0),
+        1e-300 * noisy(),
+    ],
+    ids=["zeros", "nan", "part", "infinite", "one seed, flat", "many", "constant", "tiny"],
+)
+def test_awkward_values_are_drawn_without_a_warning(y, log_y):
+    texts(curves([Series("awkward", STEPS, y), Series("plain", STEPS, noisy())], log_y=log_y, **LABELS))
+    texts(curves([Series("awkward", STEPS, y)], log_y=log_y, **LABELS))
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+def test_a_single_point_is_drawn(log_y):
+    texts(curves([Series("one point", [3], noisy()[:, :1]), Series("zero", [3], [0.0])], log_y=log_y, **LABELS))
+
+
+def test_one_seed_has_no_band():
+    def num_bands(seeds, bands=True):
+        return curves([Series("a", STEPS, noisy(seeds))], bands=bands, **LABELS).count("PolyCollection")
+
+    assert num_bands(3) > 0
+    assert num_bands(1) == 0
+    assert num_bands(3, bands=False) == 0
+
+
+def test_zeros_on_a_log_axis_have_a_tick_and_the_label_says_where():
+    y = np.concatenate([np.zeros(10), np.full(10, 3e-16)])
+    words = texts(curves([Series("exact", STEPS, y), Series("broken", STEPS, noisy(scale=0.1))], log_y=True, **LABELS))
+    assert "0" in words
+    assert any("(below 10⁻¹⁷ drawn as 0)" in word for word in words)
+    assert not any("drawn as 0" in word for word in texts(curves([Series("a", STEPS, noisy())], log_y=True, **LABELS)))
+
+
+def test_an_absurdly_small_value_does_not_stretch_the_axis():
+    y = noisy()
+    y[0, 3] = 1e-280
+    assert any("drawn as 0" in word for word in texts(curves([Series("a", STEPS, y)], log_y=True, **LABELS)))
+
+
+def test_negative_values_have_no_place_on_a_log_axis():
+    with pytest.raises(ValueError, match="negative values; the smallest is -1"):
+        curves([Series("a", STEPS, STEPS - 1.0)], log_y=True, **LABELS)
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match=r"'a': x must be \[n\] and y \[seeds, n\]; received \(20,\) and \(3, 19\)"):
+        curves([Series("a", STEPS, noisy()[:, 1:])], **LABELS)
+    with pytest.raises(ValueError, match="no series"):
+        curves([], **LABELS)
+
+
+def test_small_multiples_have_one_legend():
+    panels = {name: [Series("loss", STEPS, noisy()), Series("other", STEPS, noisy())] for name in ("A", "B", "C")}
+    words = texts(small_multiples(panels, title="All", **LABELS))
+    assert {"A", "B", "C", "All"} <= set(words)
+    assert words.count("other") == 1
+
+
+def test_more_labels_than_colours_are_told_apart_by_a_marker():
+    texts(curves([Series(f"label {k}", STEPS, noisy() + k) for k in range(10)], **LABELS))
+
+
+def test_intervals_say_where_there_is_one_seed_or_no_value():
+    rows = [
+        IntervalRow("clear", 0.5, 0.2, 0.8, [0.4, 0.6]),
+        IntervalRow("one", 0.1, -math.inf, math.inf, [0.1]),
+        IntervalRow("diverged & <lost>", math.nan, math.nan, math.nan, [math.nan]),
+    ]
+    words = texts(intervals(rows, x_label="difference", title="Differences"))
+    assert {"clear", "one", "diverged & <lost>", "n = 1", "no value", "difference", "Differences"} <= set(words)
