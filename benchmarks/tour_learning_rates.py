@@ -1,16 +1,16 @@
-"""The scan that chose the tour's learning rates: each optimiser, four rates, both arms, on a seed the tour does not use.
+"""The scan that chose the tour's learning rates: four rates an optimiser, both arms, a seed of its own.
 
-    python benchmarks/tour_learning_rates.py --out benchmarks/results/tour_learning_rates.csv
+    python benchmarks/tour_learning_rates.py
 
-Rule: the rate with the lowest mean over the two arms of the validation loss at the last step. A run that diverged has
-no loss and cannot be chosen.
+Rule: the rate with the lowest mean over the two arms of the validation loss at the last step.
 """
 
 import argparse
-import csv
+import json
 import tempfile
 from pathlib import Path
 
+import record
 from erlangen.lm.logs import read_jsonl
 from erlangen.studies.tour import ARMS, execute, run_config
 
@@ -25,8 +25,8 @@ GRID = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tour_learning_rates.csv"))
-    parser.add_argument("--steps", type=int, default=600, help="steps of each run, as in the tour")
+    parser.add_argument("--out", type=Path, default=record.RESULTS / "tour_learning_rates.csv")
+    parser.add_argument("--steps", type=int, default=500, help="steps of each run, as in the tour")
     parser.add_argument("--runs", type=Path, help="folder of the runs, kept (default: a temporary one)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -37,16 +37,16 @@ def main() -> None:
             for optimizer, rates in GRID.items() for lr in rates for arm in ARMS
         ]  # fmt: skip
         execute([config for *_, config in cases], progress=lambda done, total: print(f"{done}/{total}", end="\r"))
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("optimizer", "lr", "arm", "seed", "steps", "validation_loss"))
-            for optimizer, lr, arm, config in cases:
-                last = read_jsonl(config.out / "log.jsonl")[-1]
-                finished = last["step"] == arguments.steps and "validation_loss" in last
-                writer.writerow(
-                    (optimizer, lr, arm, SEED, arguments.steps, last["validation_loss"] if finished else "")
-                )
+        rows = []
+        for optimizer, lr, arm, config in cases:
+            last = read_jsonl(config.out / "log.jsonl")[-1]
+            rows.append({
+                "benchmark": "tour_learning_rates", "variant": f"{optimizer} {arm}", "metric": "validation_loss",
+                "unit": "nats/byte", "x_name": "lr", "x_value": lr, "median": f"{last['validation_loss']:.4f}",
+                "rounds": 1, "device": "cpu", "dtype": "float32",
+                "config_json": json.dumps({"seed": SEED, "steps": arguments.steps}),
+            })  # fmt: skip
+        record.write(arguments.out, rows)
 
 
 if __name__ == "__main__":

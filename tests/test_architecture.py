@@ -56,9 +56,13 @@ def test_the_checker_sees_every_form_of_import(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     path = tmp_path / "gauge" / "x.py"
     path.parent.mkdir()
-    path.write_text(
-        "import erlangen.lm\nfrom erlangen import optim\nfrom erlangen.report.html import a\nfrom ..cli import b\nfrom . import c"
-    )
+    forms = [
+        "import erlangen.lm",
+        "from erlangen import optim",
+        "from erlangen.report.html import a",
+        "from ..cli import b",
+    ]
+    path.write_text("\n".join([*forms, "from . import c"]))
     assert imports(path) == {"lm", "optim", "report", "cli", "gauge"}
 
 

@@ -351,20 +351,47 @@ def test_another_corpus_is_refused_on_resume(small, tmp_path):
         lm.resume(result.folder)
 
 
-def test_a_full_disk_while_saving(small, command):
-    """No file may grow beyond 40 kB, as on a disk that is full: one sentence, and nothing half-written."""
-    config = small()
+def run_on_a_full_disk(line):
+    """The command line, in a process that may not make a file larger than 40 kB."""
     limited = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000));"
         "from erlangen.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    line = command(config)
-    result = subprocess.run([line[0], "-c", limited, *line[3:]], capture_output=True, text=True)
+    return subprocess.run([line[0], "-c", limited, *line[3:]], capture_output=True, text=True)
+
+
+def test_a_full_disk_while_saving(small, command):
+    """One sentence, and nothing half-written."""
+    config = small()
+    result = run_on_a_full_disk(command(config))
     assert result.returncode == 2
     assert "could not write checkpoint" in result.stderr and "free some space" in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
     assert not list(config.out.glob("step-*"))
+
+
+def test_a_full_disk_while_logging(small, command):
+    """The checkpoints of a very small model fit; its log soon does not."""
+    config = small(steps=600, checkpoint_every=50, optimizer="sgdm")
+    result = run_on_a_full_disk(command(config, "--model.dim", "4", "--model.num-layers", "1"))
+    assert result.returncode == 2, result.stdout
+    assert "log.jsonl" in result.stderr and "free some space and resume; the checkpoint of step" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    resumed = lm.resume(config.out)
+    assert resumed.finished and [r["step"] for r in resumed.records if "loss" in r] == list(range(1, 601))
+
+
+def test_a_compiled_run_is_the_same_run(small):
+    torch._dynamo.reset()
+    broken = BreakingConfig(enabled=True)
+    eager, compiled = (
+        lm.train(small(out=name, steps=3, compile=name == "compiled", breaking=broken))
+        for name in ("eager", "compiled")
+    )
+    for a, b in zip(eager.records, compiled.records):
+        for name in ("loss", "validation_loss"):
+            assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), abs=1e-5)
 
 
 def test_the_command_line_ends_in_one_sentence(small, command, tmp_path):

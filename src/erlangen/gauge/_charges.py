@@ -54,7 +54,9 @@ class _Motion:
         self.model = model
         self.state = optimizer.state
 
-    def _position_and_velocity(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    def position_and_velocity(self, path: str) -> tuple[Tensor, Tensor]:
+        """The parameter at ``path`` and its velocity, whole and in float64."""
+        parameter = self.model.get_parameter(path)
         velocity = _find_momentum(self.state.get(parameter, {}), parameter.shape)
         position = _full(parameter)
         if velocity is None:
@@ -67,15 +69,14 @@ class _Motion:
         return position, _full(velocity).view_as(position)
 
     def has_bias(self, path: str) -> bool:
-        return self.model.get_submodule(path).bias is not None
+        return getattr(self.model.get_submodule(path), "bias", None) is not None
 
     def rows(self, path: str, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(W | b + offset) and its velocity, both [out, in (+ 1)], of the linear map at ``path``."""
-        linear = self.model.get_submodule(path)
-        weight, weight_velocity = self._position_and_velocity(linear.weight)
-        if linear.bias is None:
+        weight, weight_velocity = self.position_and_velocity(f"{path}.weight")
+        if not self.has_bias(path):
             return weight, weight_velocity
-        bias, bias_velocity = self._position_and_velocity(linear.bias)
+        bias, bias_velocity = self.position_and_velocity(f"{path}.bias")
         if offset is not None:
             bias = bias + offset.detach().double().to(bias.device)
         return (
@@ -118,8 +119,7 @@ def _layer_charges(motion: _Motion, layout: HeadLayout, query_mean: Tensor | Non
         return [(by_kv_head(velocity), by_kv_head(position)) for position, velocity in projections]
 
     key = motion.rows(layout.key)
-    output = motion.model.get_submodule(layout.output)
-    output_weight, output_velocity = motion._position_and_velocity(output.weight)
+    output_weight, output_velocity = motion.position_and_velocity(f"{layout.output}.weight")
     columns = (output_weight.mT, output_velocity.mT)
 
     def qk(offset: Tensor | None) -> list[float]:

@@ -204,9 +204,10 @@ def _read_tensors(checkpoint: Path, build: Callable[[Any], dict[str, Tensor]], w
     for name, tensor in tensors.items():
         if name not in saved:
             raise CheckpointError(f"{damaged} (it has no tensor {name})")
-        if saved[name].size != tensor.size():
+        size = getattr(saved[name], "size", None)
+        if size != tensor.size():
             raise CheckpointError(
-                f"{checkpoint} does not fit this model: {name} has shape {tuple(saved[name].size)} there and "
+                f"{checkpoint} does not fit this model: {name} has shape {tuple(size or ())} there and "
                 f"{tuple(tensor.shape)} here"
             )
     try:

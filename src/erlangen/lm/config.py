@@ -1,7 +1,7 @@
 """The shape of a language model, and the named sizes."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 MLP = Literal["gelu", "swiglu", "prelu"]
 Positions = Literal["learned", "rotary"]
@@ -56,9 +56,9 @@ class GPTConfig:
             raise ValueError(
                 f"num_kv_heads must divide num_heads, received {self.kv_heads} for {self.num_heads} query heads"
             )
-        for name, choices in (("mlp", MLP), ("positions", Positions)):
-            if getattr(self, name) not in choices.__args__:
-                raise ValueError(f"{name} must be one of {choices.__args__}, received {getattr(self, name)!r}")
+        for name, choices in (("mlp", get_args(MLP)), ("positions", get_args(Positions))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, received {getattr(self, name)!r}")
         if not 0.0 < self.rotary_fraction <= 1.0:
             raise ValueError(f"rotary_fraction must lie in (0, 1], received {self.rotary_fraction}")
         if self.positions == "rotary" and self.rotary_dim < 2:

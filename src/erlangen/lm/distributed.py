@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .model import GPT
+
 
 @dataclass(frozen=True)
 class World:
@@ -33,7 +35,7 @@ class World:
         if self.size > 1:
             torch.distributed.barrier()
 
-    def wrap(self, model: nn.Module, parallel: str, *, compile: bool) -> nn.Module:
+    def wrap(self, model: GPT, parallel: str, *, compile: bool) -> nn.Module:
         """The model made ready to train here: compiled in place if asked, and copied (ddp) or sharded (fsdp)."""
         if self.size > 1 and parallel == "fsdp":
             from torch.distributed.fsdp import fully_shard
@@ -42,7 +44,8 @@ class World:
                 if compile:
                     block.compile(fullgraph=True)
                 fully_shard(block)
-            return fully_shard(model)
+            fully_shard(model)
+            return model
         if compile:
             model.compile(fullgraph=True)
         if self.size > 1:
@@ -54,8 +57,8 @@ class World:
         """Whether the next backward reduces gradients over processes (off for all but the last micro-batch)."""
         if isinstance(wrapped, nn.parallel.DistributedDataParallel):
             wrapped.require_backward_grad_sync = enabled
-        elif hasattr(wrapped, "set_requires_gradient_sync"):
-            wrapped.set_requires_gradient_sync(enabled)
+        elif (set_sync := getattr(wrapped, "set_requires_gradient_sync", None)) is not None:
+            set_sync(enabled)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

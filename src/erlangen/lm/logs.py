@@ -1,5 +1,6 @@
 """Where a run's numbers go: a JSONL file, the terminal, and any tracker of three methods."""
 
+import errno
 import importlib
 import json
 import os
@@ -62,7 +63,7 @@ def find_tracker(name: str, folder: Path) -> Tracker | None:
 
 
 class JsonLines:
-    """One JSON object a line, flushed as written.
+    """One JSON object a line, each given to the system whole and at once.
 
     Args:
         path: of the file.
@@ -75,15 +76,16 @@ class JsonLines:
         aside = path.with_name(path.name + ".writing")
         aside.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         os.replace(aside, path)
-        self._file = path.open("a")
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, record: Mapping[str, Any]) -> None:
+        line = (json.dumps(record) + "\n").encode()
+        if os.write(self._file, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.records.append(dict(record))
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

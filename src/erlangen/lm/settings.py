@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .config import GPTConfig
 
+OptimizerName = Literal["adamw", "sgdm", "soap", "ecd", "muon"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -32,7 +34,7 @@ class DataConfig:
 class OptimizerConfig:
     """The optimiser. A field left at None takes the optimiser's own default; one it does not have is an error."""
 
-    name: Literal["adamw", "sgdm", "soap", "ecd", "muon"] = "adamw"
+    name: OptimizerName = "adamw"
     """AdamW, SGD with momentum, SOAP, energy-conserving descent, or Muon."""
     lr: float | None = None
     """Learning rate, before the schedule."""

@@ -190,7 +190,7 @@ def train(
         TrainingError: the run cannot go on (a loss that is not finite, say).
         erlangen.lm.CheckpointError: a checkpoint could not be written.
     """
-    folder = config.out or Path("runs") / _default_name(config)
+    folder = Path(config.out) if config.out else Path("runs") / _default_name(config)
     if checkpoint.checkpoints(folder):
         raise ValueError(f"{folder} holds a run already: resume it, or choose another folder")
     return _train(replace(config, out=folder), None, corpus, progress, tracker)
@@ -263,10 +263,12 @@ def _read_corpus(config: TrainConfig, here: World) -> Corpus:
         "max_tokens": data.max_tokens,
         "text_field": data.text_field,
     }
-    if here.is_first:  # the first process may have to download and write shards, which the others then read
-        corpus = load_corpus(data.corpus, load_tokenizer(data.tokenizer), **arguments)
-    here.barrier()
-    return corpus if here.is_first else load_corpus(data.corpus, load_tokenizer(data.tokenizer), **arguments)
+    if not here.is_first:  # the first process may have to download and write shards, which the others then read
+        here.barrier()
+    corpus = load_corpus(data.corpus, load_tokenizer(data.tokenizer), **arguments)
+    if here.is_first:
+        here.barrier()
+    return corpus
 
 
 def _with_vocabulary(config: TrainConfig, corpus: Corpus) -> TrainConfig:
@@ -357,7 +359,13 @@ class _Run:
 
     def write(self, record: Mapping[str, Any]) -> None:
         if self.log is not None:
-            self.log.write(record)
+            try:
+                self.log.write(record)
+            except OSError as error:
+                raise TrainingError(
+                    f"could not write {self.folder / 'log.jsonl'} ({error}): free some space and resume; "
+                    f"{self._what_is_safe()}"
+                ) from error
         if self.tracker is not None:
             scalars = {name: value for name, value in record.items() if isinstance(value, (int, float))}
             for layer, sectors in record.get("charges", {}).items():
@@ -415,7 +423,7 @@ class _Run:
         for group, base in zip(self.optimizer.param_groups, self.base_lrs):
             group["lr"] = base * factor
         try:
-            self.optimizer.step(lambda: loss)
+            self.optimizer.step(lambda: value)
         except ValueError as error:
             raise TrainingError(f"{error} (at step {self.step + 1}: {self._what_is_safe()})") from error
         self.step += 1
@@ -456,7 +464,7 @@ class _Run:
         return norm.item()
 
     def _checked(self, batch: Tensor) -> Tensor:
-        vocab_size = self.config.model.vocab_size
+        vocab_size = self.model.token_embedding.num_embeddings
         if int(batch.max()) >= vocab_size:
             raise ValueError(
                 f"the corpus holds token {int(batch.max())}, beyond the model's vocabulary of {vocab_size}: "

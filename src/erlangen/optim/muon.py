@@ -65,7 +65,8 @@ class MuonAdamW(Optimizer):
         entries = [params] if isinstance(params, torch.Tensor) else list(params)
         divided: dict[str, list[Any]] = {"muon": [], "adamw": []}
         for entry in entries:
-            name, tensor = entry if isinstance(entry, tuple) else ("", entry)
+            name: str = entry[0] if isinstance(entry, tuple) else ""
+            tensor: torch.Tensor = entry[1] if isinstance(entry, tuple) else entry
             divided["muon" if tensor.dim() == 2 and not _is_outer(name) else "adamw"].append(entry)
         for algorithm, part in divided.items():
             if part:

@@ -191,13 +191,18 @@ def _panels(
         raise ValueError("there is no series to draw")
     labels = list(dict.fromkeys(one.label for one in everything))
     groups = list(dict.fromkeys(one.group for one in everything))
+    style_of = {one.label: _STYLES[groups.index(one.group) % len(_STYLES)] for one in everything}
+    if len({(one.label, one.group) for one in everything}) == len(labels) == len(groups):
+        legend_groups: list[str] = []  # each label is a group of its own: one entry shows colour and style
+    else:
+        legend_groups, style_of = (groups if len(groups) > 1 else []), {}
     lowest, highest, clipped = _log_range(everything) if log_y else (None, None, False)
     columns = min(columns, len(panels))
     num_rows = -(-len(panels) // columns)
     # A legend column is as wide as its longest label; a letter takes about 0.085 inch, the line and gaps 0.55.
-    longest = max(len(text) for text in (*labels, *groups))
+    longest = max(len(text) for text in (*labels, *legend_groups))
     legend_columns = max(1, min(4, int(_WIDTH / (0.55 + 0.085 * longest))))
-    legend_rows = -(-len(labels) // legend_columns) + (-(-len(groups) // legend_columns) if len(groups) > 1 else 0)
+    legend_rows = -(-len(labels) // legend_columns) + -(-len(legend_groups) // legend_columns)
     panel_height = 3.1 if columns == 1 else 2.2
 
     with matplotlib.rc_context():
@@ -226,7 +231,7 @@ def _panels(
             axes.tick_params(labelbottom=True)
         if title:
             figure.suptitle(title, fontsize=11, fontweight="bold")
-        _legend(figure, labels, groups, legend_columns)
+        _legend(figure, labels, legend_groups, style_of, legend_columns)
         return _svg(figure)
 
 
@@ -311,17 +316,28 @@ def _power(exponent: float) -> str:
     return "10" + str(round(exponent)).translate(_SUPERSCRIPTS)
 
 
-def _legend(figure: Any, labels: Sequence[str], groups: Sequence[str], columns: int) -> None:
+def _legend(
+    figure: Any, labels: Sequence[str], groups: Sequence[str], style_of: Mapping[str, Any], columns: int
+) -> None:
     line = require("matplotlib.lines", "report").Line2D
     entries = [
-        line([], [], color=_COLOURS[i % len(_COLOURS)], linewidth=2.2, marker=_marker(i), markersize=4.5, label=label)
+        line(
+            [],
+            [],
+            color=_COLOURS[i % len(_COLOURS)],
+            linestyle=style_of.get(label, "-"),
+            linewidth=2.2,
+            marker=_marker(i),
+            markersize=4.5,
+            label=label,
+        )
         for i, label in enumerate(labels)
         if label or len(labels) > 1
     ]
     columns = min(columns, max(len(entries), len(groups)))
     space = line([], [], alpha=0, label=" ")
     rows = [entries[start : start + columns] for start in range(0, len(entries), columns)]
-    if len(groups) > 1:
+    if groups:
         styles = [
             line([], [], color=_MUTED, linewidth=1.8, linestyle=_STYLES[i % len(_STYLES)], label=group or "all")
             for i, group in enumerate(groups)

@@ -1,0 +1,73 @@
+"""Step time of a broken model against the plain one: forward and backward, in one run, interleaved.
+
+python benchmarks/breaking_step.py --preset tiny --batch 16
+python benchmarks/breaking_step.py --preset 124m --context 512 --batch 1 --rounds 9
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import record
+from erlangen.breaking import break_symmetry
+from erlangen.lm import GPT, preset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny", help="size of the model")
+    parser.add_argument("--vocab", type=int, default=256, help="size of the vocabulary")
+    parser.add_argument("--context", type=int, help="tokens a window (default: the preset's)")
+    parser.add_argument("--batch", type=int, default=16, help="windows a step")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--compile", action="store_true", help="compile both models")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=record.RESULTS / "breaking_step.csv")
+    arguments = parser.parse_args()
+    config = preset(arguments.preset, vocab_size=arguments.vocab)
+    context = arguments.context or config.context_length
+    plain = GPT(config, generator=torch.Generator().manual_seed(0)).to(arguments.device)
+    models: dict[str, nn.Module] = {
+        "plain": plain,
+        "broken": break_symmetry(copy.deepcopy(plain)),
+        "broken, a vector a head": break_symmetry(copy.deepcopy(plain), per_head=True),
+    }
+    tokens = torch.randint(
+        arguments.vocab, (arguments.batch, context + 1), generator=torch.Generator().manual_seed(0)
+    ).to(arguments.device)
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+
+    if arguments.compile:
+        for model in models.values():
+            model.compile(fullgraph=True)
+    timings = record.time_interleaved(
+        {name: lambda model=model: step(model) for name, model in models.items()},
+        "plain",
+        rounds=arguments.rounds,
+        warmup=3,
+    )
+    for name, timing in timings.items():
+        print(
+            f"{name:24} {timing.median * 1e3:9.2f} ms   ratio {timing.ratio:.4f} "
+            f"[{timing.ratio_q20:.4f}, {timing.ratio_q80:.4f}]"
+        )
+    rows = [
+        record.timing_row(
+            "breaking_step", name, "plain", timing, device=arguments.device, dtype="float32",
+            x_name="parameters", x_value=sum(p.numel() for p in plain.parameters()),
+            config={"preset": arguments.preset, "batch": arguments.batch, "context": context,
+                    "vocab": arguments.vocab, "compile": arguments.compile},
+        )
+        for name, timing in timings.items()
+    ]  # fmt: skip
+    record.write(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""The tour, small, from the command line to the page."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from erlangen.studies import tour
+
+pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'erlangen[report]'")
+
+
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory):
+    """A tour of two seeds and six steps, interrupted once and taken up again."""
+    out = tmp_path_factory.mktemp("tour")
+    line = [sys.executable, "-m", "erlangen", "tour", "--out", str(out), "--steps", "6", "--seeds", "2"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while len(list(out.glob("runs/*/step-*"))) < 3:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and "stopped" in error and "Traceback" not in error
+    assert not (out / "tour.html").exists()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/step-00000006/checkpoint.json")}
+    assert 0 < len(kept) < 16
+    result = subprocess.run(line, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"the report: {out / 'tour.html'}" in result.stdout
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items()), "finished runs are kept"
+    return out
+
+
+def test_the_report_holds_every_run(taken):
+    data = json.loads((taken / "tour.json").read_text())
+    assert {(r["optimizer"], r["arm"], r["seed"]) for r in data["runs"]} == {
+        (o, a, s) for o in ("adamw", "sgdm", "soap", "ecd") for a in ("symmetric", "broken") for s in (0, 1)
+    }
+    page = (taken / "tour.html").read_text()
+    for text in ("AdamW", "SGD with momentum", "SOAP", "ECD", "no difference shown", "95 %", "<svg"):
+        assert text in page
+    assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
+    seeds = (taken / "tour.seeds.csv").read_text().splitlines()
+    assert len(seeds) == 1 + 8
+
+
+def test_the_table_says_what_the_runs_say(taken):
+    runs = {(r["optimizer"], r["arm"], r["seed"]): r for r in json.loads((taken / "tour.json").read_text())["runs"]}
+    comparison = tour.compare(list(runs.values()))
+    for optimizer, row in comparison.items():
+        by_hand = [
+            runs[optimizer, "broken", seed]["validation"][-1] - runs[optimizer, "symmetric", seed]["validation"][-1]
+            for seed in (0, 1)
+        ]
+        assert row["interval"].mean == pytest.approx(sum(by_hand) / 2)
+        # Student's t at 97.5 % for one degree of freedom is 12.706
+        half = 12.706204736 * abs(by_hand[0] - by_hand[1]) / 2
+        assert row["interval"].high - row["interval"].mean == pytest.approx(half, rel=1e-6)
+
+
+def test_the_symmetric_arms_of_sgdm_and_ecd_conserve_their_charges(taken):
+    for run in json.loads((taken / "tour.json").read_text())["runs"]:
+        if run["optimizer"] in ("sgdm", "ecd"):
+            largest = max(run["qk"] + run["vo"])
+            assert largest < 1e-5 if run["arm"] == "symmetric" else largest > 1e-4
+
+
+def test_verdicts():
+    def verdict(differences):
+        results = [
+            {"optimizer": optimizer, "arm": arm, "seed": seed, "validation": [3.0 + (arm == "broken") * difference]}
+            for optimizer in tour.LEARNING_RATES
+            for arm in tour.ARMS
+            for seed, difference in enumerate(differences)
+        ]
+        return tour._verdict(tour.compare(results)["adamw"]["interval"])
+
+    assert verdict([-0.10, -0.11, -0.12]) == "broken is better"
+    assert verdict([0.10, 0.11, 0.12]) == "broken is worse"
+    assert verdict([0.10, -0.11, 0.02]) == "no difference shown"
+    assert verdict([0.10]) == "one seed: no interval"
+
+
+def test_runs_of_other_settings_are_not_taken_for_these(taken):
+    config = tour.TourConfig(out=taken, steps=6, seeds=2)
+    run = tour.declared_runs(config)[0]
+    assert tour.is_finished(run.config)
+    with pytest.raises(ValueError, match="other settings"):
+        tour.is_finished(replace(run.config, warmup=3))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="seeds"):
+        tour.TourConfig(seeds=0)
+    with pytest.raises(ValueError, match="workers"):
+        tour.TourConfig(workers=0)
