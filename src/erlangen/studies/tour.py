@@ -275,7 +275,7 @@ def compare(results: Sequence[Mapping[str, Any]]) -> dict[OptimizerName, dict[st
 
 
 def _with_error(mean: float, error: float) -> str:
-    return f"{mean:.4f}" if not math.isfinite(error) else f"{mean:.4f}\u00a0±\u00a0{error:.4f}"
+    return f"{mean:.3f}" if not math.isfinite(error) else f"{mean:.3f}\u00a0±\u00a0{error:.3f}"
 
 
 def _results_table(comparison: Mapping[OptimizerName, Mapping[str, Any]]) -> report.Table:
@@ -297,7 +297,7 @@ def _results_table(comparison: Mapping[OptimizerName, Mapping[str, Any]]) -> rep
             "The difference is taken seed by seed, with its 95 % interval. With few seeds the intervals are wide, and "
             "four are looked at together."
         ),
-        formats={"Broken − symmetric": "+.4f"},
+        formats={"Broken − symmetric": "+.3f"},
     )
 
 
