@@ -56,6 +56,15 @@ def test_two_processes_equal_one_and_resume_on_one(small, command, parallel, opt
     assert_same(resumed.records, whole.records)
 
 
+def test_processes_agree_on_a_folder(small, command, tmp_path):
+    line = command(small(steps=2))
+    line[line.index("--out") : line.index("--out") + 2] = []
+    subprocess.run([line[0], *TWO, *line[4:]], check=True, capture_output=True, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(list(folder.glob("step-*/*.safetensors"))) == 2
+    assert lm.load(folder).config.dim == 16
+
+
 def test_a_batch_that_does_not_divide(small, command):
     line = command(small(), "--batch-size", "5")
     result = subprocess.run([line[0], *TWO, *line[4:]], capture_output=True, text=True)

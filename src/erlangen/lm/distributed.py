@@ -30,6 +30,14 @@ class World:
             torch.distributed.all_reduce(value)
         return value
 
+    def agree(self, text: str) -> str:
+        """The first process's text, on every process."""
+        if self.size == 1:
+            return text
+        texts = [text]
+        torch.distributed.broadcast_object_list(texts)
+        return texts[0]
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:

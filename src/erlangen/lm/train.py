@@ -190,10 +190,7 @@ def train(
         TrainingError: the run cannot go on (a loss that is not finite, say).
         erlangen.lm.CheckpointError: a checkpoint could not be written.
     """
-    folder = Path(config.out) if config.out else Path("runs") / _default_name(config)
-    if checkpoint.checkpoints(folder):
-        raise ValueError(f"{folder} holds a run already: resume it, or choose another folder")
-    return _train(replace(config, out=folder), None, corpus, progress, tracker)
+    return _train(config, None, corpus, progress, tracker)
 
 
 def resume(
@@ -234,6 +231,10 @@ def _train(
     tracker: Tracker | None,
 ) -> TrainResult:
     with world(config.device) as here:
+        folder = Path(here.agree(str(config.out or Path("runs") / _default_name(config))))
+        if from_checkpoint is None and checkpoint.checkpoints(folder):
+            raise ValueError(f"{folder} holds a run already: resume it, or choose another folder")
+        config = replace(config, out=folder)
         if config.batch_size % (here.size * config.accumulation):
             raise ValueError(
                 f"batch_size must be a multiple of processes times accumulation = {here.size} * {config.accumulation}, "
