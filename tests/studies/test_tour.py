@@ -11,6 +11,7 @@ import pytest
 
 from erlangen.studies import tour
 
+pytestmark = pytest.mark.xdist_group("tour")  # the fixture below is worth sharing
 pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'erlangen[report]'")
 
 

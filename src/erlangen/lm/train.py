@@ -150,7 +150,7 @@ def _autocast(device: torch.device, precision: str) -> Any:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
+def stop_on_signal() -> Iterator[threading.Event]:
     """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C stops at once. Outside the main thread, nobody sets it."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -247,7 +247,7 @@ def _train(
         if from_checkpoint is not None:
             run.load(from_checkpoint)
         run.open_logs(tracker)
-        with _stop_on_signal() as stop:
+        with stop_on_signal() as stop:
             try:
                 run.loop(stop, progress)
             finally:

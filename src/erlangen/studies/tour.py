@@ -38,6 +38,7 @@ from erlangen.lm import BreakingConfig, DataConfig, GPTConfig, OptimizerConfig, 
 from erlangen.lm.checkpoint import checkpoints
 from erlangen.lm.logs import read_jsonl
 from erlangen.lm.settings import OptimizerName, to_dict
+from erlangen.lm.train import stop_on_signal
 from erlangen.optim import OPTIMIZERS
 
 LEARNING_RATES: dict[OptimizerName, float] = {"adamw": 3e-3, "sgdm": 0.1, "soap": 3e-2, "ecd": 3.0}
@@ -180,7 +181,7 @@ def is_finished(config: TrainConfig) -> bool:
 def execute(configs: Sequence[TrainConfig], *, workers: int | None = None, progress: Progress | None = None) -> None:
     """Run every config that is not on disk yet, several at a time, each on one thread.
 
-    Ctrl-C stops the runs after their current step; what they wrote is found again by the next call.
+    Ctrl-C or SIGTERM stops the runs after their current step; what they wrote is found again by the next call.
     """
     total = sum(config.steps for config in configs)
     todo = [config for config in configs if not is_finished(config)]
@@ -189,7 +190,7 @@ def execute(configs: Sequence[TrainConfig], *, workers: int | None = None, progr
     context = multiprocessing.get_context("spawn")
     steps, stop = context.Queue(), context.Event()
     workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
-    with ProcessPoolExecutor(workers, context, _worker_start, (steps, stop)) as pool:
+    with stop_on_signal() as told, ProcessPoolExecutor(workers, context, _worker_start, (steps, stop)) as pool:
         pending: set[Future[bool]] = {pool.submit(_work, config) for config in todo}
         try:
             while pending:
@@ -202,8 +203,8 @@ def execute(configs: Sequence[TrainConfig], *, workers: int | None = None, progr
                     done[name] = step
                 if progress is not None:
                     progress(before + sum(done.values()), total)
-                if not all(future.result() for future in finished):
-                    raise KeyboardInterrupt  # a worker was told to stop before we were
+                if told.is_set() or not all(future.result() for future in finished):
+                    raise KeyboardInterrupt
         except BaseException:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
