@@ -126,6 +126,21 @@ def test_every_optimizer_trains_in_bfloat16_autocast(small, optimizer):
     assert "charges" in result.validation[-1]
 
 
+def test_a_streamed_data_set_shows_its_progress(small, tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="streaming needs datasets: pip install 'erlangen[data]'")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("ERLANGEN_CACHE", str(tmp_path / "cache"))
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    lines = [json.dumps({"text": f"document {i}: a group acts on a head. " * 5}) for i in range(400)]
+    (documents / "part.jsonl").write_text("\n".join(lines))
+    seen = []
+    config = small(steps=2)
+    config = replace(config, data=replace(config.data, corpus=f"hf:{documents}", max_tokens=30_000))
+    result = lm.train(config, reading=lambda done, total: seen.append((done, total)))
+    assert result.finished and seen and seen[-1][1] == 30_000 and seen[-1][0] >= 29_000
+
+
 # Stopping and going on
 
 
@@ -170,17 +185,18 @@ def test_a_killed_process_resumes_bit_for_bit(small, command, number):
     subprocess.run([sys.executable, "-m", "erlangen", "train", "--resume", str(config.out)],
                    check=True, capture_output=True)  # fmt: skip
     assert losses(read_jsonl(config.out / "log.jsonl")) == losses(whole.records)
-    assert not list(config.out.glob("*.writing"))
+    assert {path.suffix for path in config.out.glob("step-*")} == {""}
 
 
 def test_a_half_written_checkpoint_is_never_seen(small):
     whole = lm.train(small(out="whole"))
     stopped = lm.train(small(out="parts"), progress=StopAfter(8))
-    half = stopped.folder / "step-00000011.writing"
-    half.mkdir()
-    (half / "checkpoint.json").write_text('{"format": "erl')
+    halves = [stopped.folder / name for name in ("step-00000011.writing", "step-00000010.removing")]
+    for half in halves:
+        half.mkdir()
+        (half / "checkpoint.json").write_text('{"format": "erl')
     assert losses(lm.resume(stopped.folder).records) == losses(whole.records)
-    assert not half.exists()
+    assert not any(half.exists() for half in halves)
 
 
 def test_old_checkpoints_go(small):

@@ -64,6 +64,7 @@ class Reporter:
 
     def __init__(self, console: Console, steps: int | None) -> None:
         self.console = console
+        self.steps = steps
         self.live = console.is_terminal
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -76,8 +77,12 @@ class Reporter:
         )
         self.task = self.bar.add_task("training", total=steps)
 
+    def reading(self, done: int, total: int) -> None:
+        """Show how much of a streamed data set has been read."""
+        self.bar.update(self.task, completed=done, total=total, description="reading, tokens")
+
     def __call__(self, step: int, record: Mapping[str, Any]) -> None:
-        self.bar.update(self.task, completed=step, description=f"loss {record['loss']:.4f}")
+        self.bar.update(self.task, completed=step, total=self.steps, description=f"loss {record['loss']:.4f}")
         if "validation_loss" in record:
             error = record["validation_standard_error"]
             spread = "" if error is None else f" ± {error:.4f}"
@@ -96,9 +101,9 @@ def main(arguments: Sequence[str]) -> int:
     reporter = Reporter(console, total)
     with reporter.bar if first else nullcontext():
         if command.resume is not None:
-            result = lm.resume(command.resume, progress=reporter)
+            result = lm.resume(command.resume, progress=reporter, reading=reporter.reading)
         else:
-            result = lm.train(command.config, progress=reporter)
+            result = lm.train(command.config, progress=reporter, reading=reporter.reading)
     if not result.finished:
         console.print(f"stopped; go on with: erlangen train --resume {result.folder}", highlight=False, soft_wrap=True)
         return 130

@@ -26,7 +26,7 @@ from .distributed import World
 
 FORMAT = "erlangen-checkpoint"
 VERSION = 1
-_WRITING = ".writing"
+_WRITING, _REMOVING = ".writing", ".removing"
 
 
 class CheckpointError(ValueError):
@@ -74,8 +74,16 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    for left in folder.glob(f"step-*{_WRITING}"):
-        shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob("step-*"):
+        if left.suffix in (_WRITING, _REMOVING):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; one that is half removed no longer has the name of a checkpoint."""
+    going = path.with_name(path.name + _REMOVING)
+    os.replace(path, going)
+    shutil.rmtree(going)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -135,10 +143,10 @@ def save(
         ) from error
     if world.is_first:
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         os.replace(aside, final)
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     world.barrier()
     return final
 

@@ -59,6 +59,10 @@ Progress = Callable[[int, Mapping[str, Any]], None]
 """Called after each step with the number of finished steps and the newest numbers."""
 
 
+ReadingProgress = Callable[[int, int], None]
+"""Called with the tokens read and the tokens wanted of a data set that is streamed."""
+
+
 def build_model(config: GPTConfig, broken: BreakingConfig, *, seed: int) -> GPT:
     """A model with the initial weights that ``seed`` gives, broken if asked."""
     model = GPT(config, generator=torch.Generator().manual_seed(seed))
@@ -175,6 +179,7 @@ def train(
     *,
     corpus: Corpus | None = None,
     progress: Progress | None = None,
+    reading: ReadingProgress | None = None,
     tracker: Tracker | None = None,
 ) -> TrainResult:
     """Train a model from its first step.
@@ -183,6 +188,7 @@ def train(
         config: the run.
         corpus: read already; None: what config.data says.
         progress: called after each step.
+        reading: called while a data set is streamed, which can take long.
         tracker: used instead of the one config.track names.
 
     Raises:
@@ -190,7 +196,7 @@ def train(
         TrainingError: the run cannot go on (a loss that is not finite, say).
         erlangen.lm.CheckpointError: a checkpoint could not be written.
     """
-    return _train(config, None, corpus, progress, tracker)
+    return _train(config, None, corpus, progress, reading, tracker)
 
 
 def resume(
@@ -198,6 +204,7 @@ def resume(
     *,
     corpus: Corpus | None = None,
     progress: Progress | None = None,
+    reading: ReadingProgress | None = None,
     tracker: Tracker | None = None,
 ) -> TrainResult:
     """Go on with a run from its newest checkpoint; on CPU the losses are those of an uninterrupted run, bit for bit.
@@ -215,7 +222,7 @@ def resume(
         config = from_dict(TrainConfig, checkpoint.read_meta(found[-1])["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise checkpoint.CheckpointError(f"cannot resume from {found[-1]}: {error}") from error
-    return _train(replace(config, out=folder), found[-1], corpus, progress, tracker)
+    return _train(replace(config, out=folder), found[-1], corpus, progress, reading, tracker)
 
 
 def _default_name(config: TrainConfig) -> str:
@@ -228,6 +235,7 @@ def _train(
     from_checkpoint: Path | None,
     corpus: Corpus | None,
     progress: Progress | None,
+    reading: ReadingProgress | None,
     tracker: Tracker | None,
 ) -> TrainResult:
     with world(config.device) as here:
@@ -241,7 +249,7 @@ def _train(
                 f"received {config.batch_size}"
             )
         if corpus is None:
-            corpus = _read_corpus(config, here)
+            corpus = _read_corpus(config, here, reading)
         config = _with_vocabulary(config, corpus)
         run = _Run(config, corpus, here)
         if from_checkpoint is not None:
@@ -257,12 +265,13 @@ def _train(
         )
 
 
-def _read_corpus(config: TrainConfig, here: World) -> Corpus:
+def _read_corpus(config: TrainConfig, here: World, reading: ReadingProgress | None) -> Corpus:
     data = config.data
     arguments: dict[str, Any] = {
         "validation_fraction": data.validation_fraction,
         "max_tokens": data.max_tokens,
         "text_field": data.text_field,
+        "progress": reading,
     }
     if not here.is_first:  # the first process may have to download and write shards, which the others then read
         here.barrier()
