@@ -25,7 +25,7 @@ lint: setup
 	$(BIN)/pyrefly check
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 clean:
 	rm -rf $(VENV) tour
