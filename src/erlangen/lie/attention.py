@@ -1,0 +1,357 @@
+"""Attention between elements of a matrix Lie group, scored by the logarithm of the relative pose.
+
+The score of pose g_i for pose g_j is −‖log(g_i⁻¹ g_j)‖²_λ / τ: a proximity kernel that moving all poses by one h
+leaves as it is, because (h g_i)⁻¹ (h g_j) = g_i⁻¹ g_j (Musialski, "Lie-Algebra Attention", arXiv 2606.20547). What is
+not in the paper: the displacement c_h of a head, with which it looks for a pose ahead of it or beside it instead of for
+its own; content scores; masks; the polar chart; and what happens outside the chart.
+
+Shape suffixes: B batch, H heads (1 where they share), N queries, M keys, D width of a value, E width of a content key,
+K blocks of the algebra, m size of the group's matrices (written twice).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ._base import Group
+
+Outside = Literal["error", "mask"]
+
+IMPLEMENTATIONS = ("auto", "reference")
+
+
+def lie_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    group: Group,
+    block_weights: Tensor,
+    temperature: Tensor,
+    displacement: Tensor | None = None,
+    chart: str = "principal",
+    outside: Outside = "error",
+    check: bool = True,
+) -> Tensor:
+    """Dense scores −Σ_b block_weights[h, b] ‖hat(log(c_h⁻¹ q⁻¹ k))_b‖_F² / temperature[h] (arXiv 2606.20547).
+
+    Differentiable, twice, in every argument; finite gradients at coincident poses and at half a turn.
+
+    Args:
+        query: poses [B, N, m, m], or [B, H, N, m, m] for a set of poses a head; float32 or float64, as all others.
+        key: poses [B, M, m, m] or [B, H, M, m, m].
+        group: the group the poses belong to.
+        block_weights: λ, positive [H, len(group.blocks)], in the order of ``group.blocks``.
+        temperature: τ, positive [H].
+        displacement: c, poses [H, m, m]: head h scores highest where ``key = query @ displacement[h]``.
+        chart: "principal", the logarithm; or "polar", which is global on the groups that have it.
+        outside: what to do with a relative pose outside the principal chart: "error", or "mask", which gives −inf.
+        check: look at the values: are the poses in the group, the weights positive, the pairs in the chart? It waits
+            for the device. Never done under ``torch.compile``. Unlooked at, a pair outside the chart scores NaN with
+            ``outside="error"``.
+
+    Returns:
+        [B, H, N, M].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; λ or τ is not positive; a pose is not in the group; pairs are
+            outside the chart and ``outside="error"``.
+    """
+    scores_BHNM, allowed_BHNM = _scores(
+        query, key, group, block_weights, temperature, displacement, None, chart, outside, check
+    )
+    return scores_BHNM if allowed_BHNM is None else scores_BHNM.masked_fill(~allowed_BHNM, -math.inf)
+
+
+def lie_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    group: Group,
+    block_weights: Tensor,
+    temperature: Tensor,
+    displacement: Tensor | None = None,
+    content_query: Tensor | None = None,
+    content_key: Tensor | None = None,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    chart: str = "principal",
+    outside: Outside = "error",
+    check: bool = True,
+) -> Tensor:
+    """The attention weights of :func:`lie_attention`, dense.
+
+    Args:
+        query, key, group, block_weights, temperature, displacement, chart, outside, check: as in :func:`lie_scores`.
+        content_query: [B, H, N, E]; adds ``content_query · content_key / √E`` to the scores.
+        content_key: [B, H, M, E].
+        causal: query i sees the keys up to i + M − N: the last query sees them all. (SDPA's ``is_causal`` aligns the
+            first query with the first key instead; for M = N it is the same.)
+        mask: bool [B or 1, H or 1, N or 1, M], true where the query may attend. A key that no query may attend is
+            never looked at, so a padded one may hold anything, a NaN too; and so is a query that may attend no key.
+
+    Returns:
+        [B, H, N, M]; a row sums to 1, or is zero, with zero gradients, if it may attend nothing.
+
+    Raises:
+        ValueError: as :func:`lie_scores`; or mask or content do not fit.
+    """
+    num_heads = _num_heads(block_weights, group)
+    query, key = pose_heads(query, key, group, num_heads)
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    allowed_BHNM = _allowed(query.shape[0], num_heads, num_queries, num_keys, mask, causal, query.device)
+    content_BHNM = None
+    if content_query is not None or content_key is not None:
+        if content_query is None or content_key is None:
+            missing = "content_query" if content_query is None else "content_key"
+            raise ValueError(f"a content score needs content_query and content_key, received no {missing}: give both")
+        check_alike(query=query, content_query=content_query, content_key=content_key)
+        expect_shape("content_query", content_query, (query.shape[0], num_heads, num_queries, None), "[B, H, N, E]")
+        width = content_query.shape[-1]
+        expect_shape("content_key", content_key, (query.shape[0], num_heads, num_keys, width), "[B, H, M, E]")
+        if allowed_BHNM is not None:
+            content_query = content_query.masked_fill(~allowed_BHNM.any(-1)[..., None], 0.0)
+            content_key = content_key.masked_fill(~allowed_BHNM.any(-2)[..., None], 0.0)
+        content_BHNM = content_query @ content_key.mT / math.sqrt(width)
+    scores_BHNM, allowed_BHNM = _scores(
+        query, key, group, block_weights, temperature, displacement, allowed_BHNM, chart, outside, check
+    )
+    if content_BHNM is not None:
+        scores_BHNM = scores_BHNM + content_BHNM
+    if allowed_BHNM is None:
+        return scores_BHNM.softmax(dim=-1)
+    # A row of −inf only would give NaN: it keeps its finite scores in the softmax and loses its weights after it.
+    empty_BHN1 = ~allowed_BHNM.any(-1, keepdim=True)
+    scores_BHNM = scores_BHNM.masked_fill(~(allowed_BHNM | empty_BHN1), -math.inf)
+    return scores_BHNM.softmax(dim=-1).masked_fill(empty_BHN1, 0.0)
+
+
+def lie_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group: Group,
+    block_weights: Tensor,
+    temperature: Tensor,
+    displacement: Tensor | None = None,
+    content_query: Tensor | None = None,
+    content_key: Tensor | None = None,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    chart: str = "principal",
+    outside: Outside = "error",
+    check: bool = True,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention with the scores of :func:`lie_scores`: the output is invariant when one h moves all poses.
+
+    Args:
+        query, key, group, block_weights, temperature, displacement, chart, outside, check: as in :func:`lie_scores`.
+        value: payload [B, H, M, D] that does not transform with the poses; see ``values`` for payloads that do.
+        content_query, content_key, causal, mask: as in :func:`lie_weights`.
+        impl: "reference" computes the dense scores with plain operations; "auto" chooses, at present the same.
+
+    Returns:
+        [B, H, N, D]; zero, with zero gradients, for a query that may attend nothing.
+
+    Raises:
+        ValueError: as :func:`lie_weights`; or the value does not fit, or there is no such implementation.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, received {impl!r}")
+    check_alike(query=query, value=value)
+    weights_BHNM = lie_weights(
+        query,
+        key,
+        group=group,
+        block_weights=block_weights,
+        temperature=temperature,
+        displacement=displacement,
+        content_query=content_query,
+        content_key=content_key,
+        causal=causal,
+        mask=mask,
+        chart=chart,
+        outside=outside,
+        check=check,
+    )
+    batch, num_heads, _, num_keys = weights_BHNM.shape
+    expect_shape("value", value, (batch, num_heads, num_keys, None), "[B, H, M, D]")
+    if mask is not None:  # 0 · NaN is NaN: what stands at a padded key must not come in with weight 0
+        value = value.masked_fill(~mask.any(-2)[..., None], 0.0)
+    return weights_BHNM @ value
+
+
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    group: Group,
+    block_weights_HK: Tensor,
+    temperature_H: Tensor,
+    displacement_Hmm: Tensor | None,
+    allowed_BHNM: Tensor | None,
+    chart: str,
+    outside: Outside,
+    check: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, H, N, M], 0 for the pairs that are not allowed; and the pairs that are, None for all."""
+    expect_choice(f"chart of {group}", chart, group.charts)
+    expect_choice("outside", outside, get_args(Outside))
+    check = check and not torch.compiler.is_compiling()
+    num_heads = _num_heads(block_weights_HK, group)
+    check_alike(
+        query=query, key=key, block_weights=block_weights_HK, temperature=temperature_H, displacement=displacement_Hmm
+    )
+    expect_shape("temperature", temperature_H, (num_heads,), "[H]")
+    expect_displacement(displacement_Hmm, num_heads, group)
+    query_BHNmm, key_BHMmm = pose_heads(query, key, group, num_heads)
+    if allowed_BHNM is not None:  # whatever stands where nobody looks becomes the identity
+        query_BHNmm = replace_poses(query_BHNmm, allowed_BHNM.any(-1), group)
+        key_BHMmm = replace_poses(key_BHMmm, allowed_BHNM.any(-2), group)
+    if check:
+        for name, tensor in (("block_weights", block_weights_HK), ("temperature", temperature_H)):
+            if not ((tensor > 0) & tensor.isfinite()).all():
+                wrong = tensor[~((tensor > 0) & tensor.isfinite())][0].item()
+                raise ValueError(
+                    f"{name} must be positive and finite, received {wrong:g}: learn its logarithm and pass the exp"
+                )
+        group.check(query_BHNmm)
+        group.check(key_BHMmm)
+        if displacement_Hmm is not None:
+            group.check(displacement_Hmm)
+
+    with torch.autocast(query.device.type, enabled=False):  # low precision would lose the small rotations
+        relative_BHNMmm = relative_poses(query_BHNmm, key_BHMmm, group, displacement_Hmm)
+        inside_BHNM = group.in_chart(relative_BHNMmm, chart=chart)
+        invalid_BHNM = None
+        if outside == "mask":
+            allowed_BHNM = inside_BHNM if allowed_BHNM is None else allowed_BHNM & inside_BHNM
+        elif check:
+            expect_inside(inside_BHNM, allowed_BHNM, group, chart, 'outside="mask" to leave them out')
+        else:
+            invalid_BHNM = ~inside_BHNM if allowed_BHNM is None else ~inside_BHNM & allowed_BHNM
+        relative_BHNMmm = replace_poses(relative_BHNMmm, allowed_BHNM, group)
+        norms_BHNMK = group.log_block_norms(relative_BHNMmm, chart=chart, check=False)
+        # One product a block, not a matrix product, whose precision (TF32) is the user's to lower.
+        scale_HK = block_weights_HK / temperature_H[:, None]
+        terms = (norms_BHNMK[..., k] * scale_HK[:, None, None, k] for k in range(scale_HK.shape[1]))
+        scores_BHNM = -sum(terms, start=norms_BHNMK.new_zeros(()))
+        if invalid_BHNM is not None:
+            scores_BHNM = scores_BHNM.masked_fill(invalid_BHNM, math.nan)
+    return scores_BHNM, allowed_BHNM
+
+
+def _num_heads(block_weights: Tensor, group: Group) -> int:
+    expect_shape("block_weights", block_weights, (None, len(group.blocks)), f"[H, blocks of {group}]")
+    return block_weights.shape[0]
+
+
+def _allowed(
+    batch: int, num_heads: int, num_queries: int, num_keys: int, mask: Tensor | None, causal: bool, device: torch.device
+) -> Tensor | None:
+    """Which pairs may attend, bool [B or 1, H or 1, N or 1, M]; None for all."""
+    if mask is not None:
+        full = (batch, num_heads, num_queries, num_keys)
+        fits = mask.ndim == 4 and all(a in (1, b) for a, b in zip(mask.shape, full)) and mask.shape[-1] == num_keys
+        if mask.dtype != torch.bool or not fits:
+            raise ValueError(
+                f"mask must be bool [B or 1, H or 1, N or 1, M] for [B, H, N, M] = {list(full)}, received "
+                f"{mask.dtype} {list(mask.shape)}: true is where a query may attend; a padding mask [B, M] is "
+                "mask[:, None, None, :]"
+            )
+    if not causal:
+        return mask
+    past_NM = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    return past_NM[None, None] if mask is None else mask & past_NM
+
+
+def pose_heads(query: Tensor, key: Tensor, group: Group, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Query and key poses with an axis of heads, of length 1 where the heads share them.
+
+    Raises:
+        ValueError: they are not poses of this group, or of another batch or number of heads.
+    """
+    m, poses = group.matrix_size, []
+    for name, pose in (("query", query), ("key", key)):
+        if pose.ndim not in (4, 5) or pose.shape[-2:] != (m, m):
+            raise ValueError(
+                f"{name} must hold matrices of {group}: [B, N, {m}, {m}] or [B, H, N, {m}, {m}], received "
+                f"{list(pose.shape)}: pass the group the poses belong to"
+            )
+        pose = pose[:, None] if pose.ndim == 4 else pose
+        if pose.shape[0] != query.shape[0] or pose.shape[1] not in (1, num_heads):
+            raise ValueError(
+                f"{name} must have the batch of the query and one set of poses or one a head: batch {query.shape[0]} "
+                f"and 1 or {num_heads} heads, received {list(pose.shape[:2])}: expand it"
+            )
+        poses.append(pose)
+    return poses[0], poses[1]
+
+
+def relative_poses(
+    query_BHNmm: Tensor, key_BHMmm: Tensor, group: Group, displacement_Hmm: Tensor | None = None
+) -> Tensor:
+    """c_h⁻¹ q⁻¹ k for all pairs: [B, H, N, M, m, m], H of 1 where nothing differs between heads."""
+    relative_BHNMmm = group.relative(query_BHNmm[:, :, :, None], key_BHMmm[:, :, None])
+    if displacement_Hmm is None:
+        return relative_BHNMmm
+    return group.compose(group.inverse(displacement_Hmm)[:, None, None], relative_BHNMmm)
+
+
+def replace_poses(poses: Tensor, keep: Tensor | None, group: Group) -> Tensor:
+    """Poses [B, H or 1, ..., m, m] with the identity where ``keep`` [B or 1, H or 1, ...] is false for each head.
+
+    Before the logarithm, not after it: a gradient of zero times an infinite slope would be NaN.
+    """
+    if keep is None:
+        return poses
+    if poses.shape[1] == 1:
+        keep = keep.any(1, keepdim=True)
+    return torch.where(keep[..., None, None], poses, group.identity(dtype=poses.dtype, device=poses.device))
+
+
+def expect_displacement(displacement: Tensor | None, num_heads: int, group: Group) -> None:
+    """Raise a ValueError unless the displacement is None or holds a matrix a head."""
+    if displacement is not None:
+        m = group.matrix_size
+        expect_shape("displacement", displacement, (num_heads, m, m), "[H, m, m]")
+
+
+def expect_inside(inside: Tensor, looked_at: Tensor | None, group: Group, chart: str, advice: str) -> None:
+    """Raise a ValueError that counts the pairs, among those looked at, outside the chart."""
+    wrong = ~inside if looked_at is None else ~inside & looked_at
+    count = int(wrong.sum())
+    if count:
+        total = wrong.numel() if looked_at is None else int(looked_at.expand_as(wrong).sum())
+        if chart != "polar" and "polar" in group.charts:
+            advice = f'chart="polar" or {advice}'
+        raise ValueError(
+            f"relative poses must lie in the {chart} chart of {group}, {count} of {total} pairs do not: use {advice}"
+        )
+
+
+def check_alike(**tensors: Tensor | None) -> None:
+    """Raise a ValueError unless all tensors are float32, or all float64, on one device."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    kinds = {(tensor.dtype, tensor.device) for tensor in given.values()}
+    if len(kinds) > 1 or next(iter(kinds))[0] not in (torch.float32, torch.float64):
+        received = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in given.items())
+        raise ValueError(
+            f"all tensors must be float32, or all float64, and on one device, received {received}: convert with .to()"
+        )
+
+
+def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
+    """Raise a ValueError unless the tensor has this shape; None fits any length."""
+    if tensor.ndim != len(shape) or any(b is not None and a != b for a, b in zip(tensor.shape, shape)):
+        wanted = ", ".join("any" if b is None else str(b) for b in shape)
+        raise ValueError(f"{name} must have shape {meaning} = [{wanted}], received {list(tensor.shape)}")
+
+
+def expect_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise a ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, received {value!r}")
