@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import statistics
 import subprocess
 import time
@@ -77,8 +78,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time several callables in turn, so that a slow spell of the machine falls on all of them.
 
-    Each round calls every one once; the order is reversed in every other round. With a GPU the device is synchronised
-    around each call.
+    Each round calls every one once, in an order shuffled anew (by a fixed seed), so that none is always run after the
+    same other. With a GPU the device is synchronised around each call.
 
     Args:
         calls: name to callable.
@@ -95,8 +96,9 @@ def time_interleaved(
         raise ValueError(f"rounds is at least 1, not {rounds}")
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
+    order = random.Random(0)
     for index in range(warmup + rounds):
-        for name in names if index % 2 == 0 else reversed(names):
+        for name in order.sample(names, len(names)):
             _synchronise()
             start = time.perf_counter()
             calls[name]()

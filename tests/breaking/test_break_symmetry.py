@@ -261,6 +261,7 @@ def test_restore_is_the_inverse():
     assert breaking.restore(model) is model
     assert loss_of(model).item() == plain
     assert list(model.state_dict()) == names
+    assert {type(module) for module in model.modules()} == {type(module) for module in make().modules()}
     breaking.break_symmetry(model)
 
 
@@ -278,3 +279,8 @@ def test_errors():
         breaking.break_symmetry(make(), redraw="epoch")
     with pytest.raises(TypeError, match="head layout"):
         breaking.break_symmetry(nn.Linear(2, 2))
+    replaced = make()
+    replaced.blocks[1].attention.value = nn.Bilinear(32, 32, 32)
+    with pytest.raises(TypeError, match="value projection of layer 1 is a Bilinear"):
+        breaking.break_symmetry(replaced)
+    assert not hasattr(replaced, "symmetry_breaking"), "a refused model is left alone"

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from erlangen.gauge import HeadLayout, head_layouts, unwrap
 
@@ -92,16 +93,21 @@ class _Redraw:
             self.breaking.redraw()
 
 
-class _AddBias:
-    """Forward hook of a projection."""
+class _BrokenLinear(nn.Linear):
+    """A projection with an unlearned bias beside its learned one.
 
-    def __init__(self, breaking: SymmetryBreaking, which: Literal["query", "value"], layer: int) -> None:
-        self.breaking = breaking
-        self.which: Literal["query", "value"] = which
-        self.layer = layer
+    A projection becomes one by a change of class, as in `torch.distributed.fsdp.fully_shard`: its parameters, hooks and
+    names stay. The two biases are added to each other before they meet the activations, so that breaking costs no pass
+    over them.
+    """
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        return output + self.breaking.bias(self.which, self.layer, mean=not module.training).to(output.dtype)
+    # (biases, "query" or "value", layer): a plain attribute of a tuple, so that the biases are no submodule twice.
+    _unlearned: tuple[SymmetryBreaking, Literal["query", "value"], int]
+
+    def forward(self, input: Tensor) -> Tensor:
+        breaking, which, layer = self._unlearned
+        bias = breaking.bias(which, layer, mean=not self.training).to(self.weight.dtype)
+        return F.linear(input, self.weight, bias if self.bias is None else self.bias + bias)
 
 
 def _check_std(name: str, std: float | tuple[float, float]) -> None:
@@ -144,7 +150,7 @@ def break_symmetry(
         The same model.
 
     Raises:
-        TypeError: the model's layouts are unknown.
+        TypeError: the model's layouts are unknown, or a projection is not a `torch.nn.Linear`.
         ValueError: it is broken already, wrapped, or a number is out of range.
     """
     if unwrap(model) is not model:
@@ -156,6 +162,17 @@ def break_symmetry(
     if redraw not in ("forward", "step"):
         raise ValueError(f"redraw must be 'forward' or 'step', received {redraw!r}")
     layouts = head_layouts(model)
+    projections = [
+        (which, model.get_submodule(getattr(layout, which)), layer)
+        for layer, layout in enumerate(layouts)
+        for which in ("query", "value")
+    ]
+    for which, projection, layer in projections:
+        if type(projection) is not nn.Linear:
+            raise TypeError(
+                f"the {which} projection of layer {layer} is a {type(projection).__name__}, not a torch.nn.Linear: "
+                "break the model before its layers are replaced"
+            )
     breaking = SymmetryBreaking(
         layouts,
         query_mean=query_mean,
@@ -171,9 +188,9 @@ def break_symmetry(
     model.add_module(NAME, breaking)
     if redraw == "forward":
         model.register_forward_pre_hook(_Redraw(breaking))
-    for layer, layout in enumerate(layouts):
-        model.get_submodule(layout.query).register_forward_hook(_AddBias(breaking, "query", layer))
-        model.get_submodule(layout.value).register_forward_hook(_AddBias(breaking, "value", layer))
+    for which, projection, layer in projections:
+        projection.__class__ = _BrokenLinear
+        projection.__dict__["_unlearned"] = (breaking, which, layer)
     return model
 
 
@@ -193,8 +210,10 @@ def restore(model: nn.Module) -> nn.Module:
     if not hasattr(model, NAME):
         raise ValueError("this model's symmetry is not broken: there is nothing to restore")
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, (_Redraw, _AddBias))]:
-                del hooks[key]
+        if type(module) is _BrokenLinear:
+            del module._unlearned
+            module.__class__ = nn.Linear  # pyrefly: ignore[bad-argument-type]
+    for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, _Redraw)]:
+        del model._forward_pre_hooks[key]
     delattr(model, NAME)
     return model
