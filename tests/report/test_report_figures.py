@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from erlangen.report import IntervalRow, Series, curves, intervals, small_multiples
+from erlangen.report import Arrows, IntervalRow, Series, arrows, curves, intervals, small_multiples
 
 matplotlib = pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'erlangen[report]'")
 
@@ -120,3 +120,36 @@ def test_intervals_say_where_there_is_one_seed_or_no_value():
     ]
     words = texts(intervals(rows, x_label="difference", title="Differences"))
     assert {"clear", "one", "diverged & <lost>", "n = 1", "no value", "difference", "Differences"} <= set(words)
+
+
+def test_arrows_name_their_labels_and_leave_out_what_is_not_finite():
+    def draw(x=(0.0, 2.0)):
+        groups = [Arrows("given", x, [0.0, 1.0], [0.0, 1.0], "given"), Arrows("missing", [1.0], [0.5], [0.5], "truth")]
+        return arrows(
+            [*groups, Arrows("answer", [np.nan, 1.0], [0.0, 0.5], [0.0, 0.4])], x_label="east", y_label="north"
+        )
+
+    first = draw()
+    assert {"given", "missing", "answer", "east", "north"} <= set(texts(first))
+    assert draw() == first != draw((0.0, 2.5))
+    assert "nan" not in first.lower()
+    texts(arrows([Arrows("one", [3.0], [3.0], [0.0])], **LABELS))
+    with pytest.raises(ValueError, match="no place"):
+        arrows([Arrows("none", [np.nan], [0.0], [0.0])], **LABELS)
+    with pytest.raises(ValueError, match=r"'short'.*\(2,\)"):
+        arrows([Arrows("short", [0.0, 1.0], [0.0], [0.0])], **LABELS)
+
+
+def test_an_arrow_points_where_its_angle_says():
+    """The angle alone turns the arrow: what is drawn at a quarter turn is not what is drawn at none."""
+    right, up = (arrows([Arrows("a", [0.0], [0.0], [angle])], **LABELS) for angle in (0.0, math.pi / 2))
+
+    def extent(svg):
+        path = next(
+            node for group in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}g")
+            if group.get("id", "").startswith("Quiver") for node in group.iter("{http://www.w3.org/2000/svg}path")
+        )  # fmt: skip
+        numbers = np.array([float(word) for word in path.get("d").split() if word not in "MLz"]).reshape(-1, 2)
+        return np.ptp(numbers, axis=0)
+
+    assert extent(right)[0] > 3 * extent(right)[1] and extent(up)[1] > 3 * extent(up)[0]

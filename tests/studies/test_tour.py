@@ -1,5 +1,6 @@
 """The tour, small, from the command line to the page."""
 
+import csv
 import json
 import signal
 import subprocess
@@ -30,11 +31,13 @@ def taken(tmp_path_factory):
     assert process.returncode == 130 and "stopped" in error and "Traceback" not in error
     assert not (out / "tour.html").exists()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/step-00000006/checkpoint.json")}
-    assert 0 < len(kept) < 16
+    cells = (out / "lie" / "cells.jsonl").read_text()
+    assert 0 < len(kept) < 16 and len(cells.splitlines()) > 1
     result = subprocess.run(line, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"the report: {out / 'tour.html'}" in result.stdout
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items()), "finished runs are kept"
+    assert (out / "lie" / "cells.jsonl").read_text().startswith(cells), "finished cells are kept"
     return out
 
 
@@ -49,6 +52,35 @@ def test_the_report_holds_every_run(taken):
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page
     seeds = (taken / "tour.seeds.csv").read_text().splitlines()
     assert len(seeds) == 1 + 8
+
+
+def test_the_report_holds_the_part_on_poses(taken):
+    cells = json.loads((taken / "tour.json").read_text())["lie"]
+    assert {(c["task"], c["group"], c["arm"], c["seed"]) for c in cells} == {
+        ("sequence", "SE2", arm, seed)
+        for arm, seeds in {"formula": 1, "closed form": 2, "learned kernel": 2, "vectors": 2}.items()
+        for seed in range(seeds)
+    }
+    assert len((taken / "lie" / "cells.jsonl").read_text().splitlines()) == 1 + len(cells), "nothing is run twice"
+    page = (taken / "tour.html").read_text()
+    for text in ("Part two", "have 7 steps of 32", ">missing</text>", ">learned kernel</text>", "Moving all poses"):
+        assert text in page
+    assert len((taken / "tour.lie_seeds.csv").read_text().splitlines()) == 1 + len(cells)
+    with (taken / "tour.lie_arms.csv").open() as file:
+        rows = {row["Arm"]: row for row in csv.DictReader(file)}
+    median = {(c["arm"], c["seed"]): c["median"] for c in cells}
+    by_hand = sum(median["closed form", seed] - median["vectors", seed] for seed in (0, 1)) / 2
+    assert float(rows["vectors"]["Closed form − this mean"]) == pytest.approx(by_hand)
+    assert rows["closed form"]["Closed form − this mean"] == ""
+    assert float(rows["formula"]["Median error"]) == pytest.approx(median["formula", 0], rel=0.05)
+    with (taken / "tour.lie_invariance.csv").open() as file:
+        far = {row["Arm"]: float(row["1000 away, float64"]) for row in csv.DictReader(file)}
+    assert far["closed form"] < 1e-8 < 1 < far["vectors"]
+
+
+def test_cells_of_another_size_are_not_taken_for_these(taken):
+    with pytest.raises(ValueError, match="other settings"):
+        tour.tour(tour.TourConfig(out=taken, steps=12, seeds=2))
 
 
 def test_the_table_says_what_the_runs_say(taken):
@@ -80,10 +112,10 @@ def test_verdicts():
             for arm in tour.ARMS
             for seed, difference in enumerate(differences)
         ]
-        return tour._verdict(tour.compare(results)["adamw"]["interval"])
+        return tour.compare(results)["adamw"]["verdict"]
 
     assert verdict([-0.10, -0.11, -0.12]) == "broken is better"
-    assert verdict([0.10, 0.11, 0.12]) == "broken is worse"
+    assert verdict([0.10, 0.11, 0.12]) == "symmetric is better"
     assert verdict([0.10, -0.11, 0.02]) == "no difference shown"
     assert verdict([0.10]) == "one seed: no interval"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 _USAGE = """\
 usage: erlangen COMMAND [options]
 
-  tour     train small transformers, symmetric and broken, and write a report (about five minutes)
+  tour     train small models, with symmetries broken and lived on, and write a report (about five minutes)
   train    train a language model
 
   erlangen COMMAND --help    options and an example

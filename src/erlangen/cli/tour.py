@@ -10,12 +10,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from erlangen.studies.tour import TourConfig, tour
 
 _DESCRIPTION = """\
-Train small transformers, symmetric and broken, under four optimisers, and write one HTML report.
+Train small transformers, symmetric and broken, under four optimisers; look for missing poses with attention on a Lie
+group; and write one HTML report of both.
 
   erlangen tour                 about five minutes on two cores; writes tour/tour.html
   erlangen tour --seeds 10      narrower intervals; the runs there are already are kept
 
-Ctrl-C loses nothing: the next call goes on from there.
+Ctrl-C is safe: the next call goes on from there. Only a search for poses in progress, of seconds, starts over.
 """
 
 

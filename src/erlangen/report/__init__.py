@@ -5,8 +5,10 @@ from .document import Section as Section
 from .document import Table as Table
 from .document import page as page
 from .document import write_report as write_report
+from .figures import Arrows as Arrows
 from .figures import IntervalRow as IntervalRow
 from .figures import Series as Series
+from .figures import arrows as arrows
 from .figures import curves as curves
 from .figures import intervals as intervals
 from .figures import small_multiples as small_multiples
@@ -16,12 +18,14 @@ from .statistics import paired_interval as paired_interval
 from .statistics import student_t_quantile as student_t_quantile
 
 __all__ = [
+    "Arrows",
     "Figure",
     "Interval",
     "IntervalRow",
     "Section",
     "Series",
     "Table",
+    "arrows",
     "curves",
     "intervals",
     "mean_and_standard_error",

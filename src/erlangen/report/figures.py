@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -69,6 +69,30 @@ class Series:
         if x.ndim != 1 or y.ndim != 2 or y.shape[1] != len(x) or len(y) == 0:
             raise ValueError(f"series {self.label!r}: x must be [n] and y [seeds, n]; received {x.shape} and {y.shape}")
         return x, np.where(np.isfinite(y), y, np.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Arrows:
+    """Places in the plane with a direction, of one label: ``x``, ``y`` and ``angle`` (radians) of shape [n].
+
+    Those that are not finite are left out. ``kind`` is how they are drawn: "answer" in a colour of its own, "given" in
+    grey, "truth" in black with a ring around.
+    """
+
+    label: str
+    x: Any
+    y: Any
+    angle: Any
+    kind: Literal["answer", "given", "truth"] = "answer"
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``x``, ``y`` and ``angle`` as float64 [n], the finite ones."""
+        parts = [np.asarray(values, dtype=np.float64) for values in (self.x, self.y, self.angle)]
+        if any(part.ndim != 1 or len(part) != len(parts[0]) for part in parts):
+            shapes = ", ".join(str(part.shape) for part in parts)
+            raise ValueError(f"arrows {self.label!r}: x, y and angle must be [n] each; received {shapes}")
+        keep = np.isfinite(parts).all(axis=0)
+        return parts[0][keep], parts[1][keep], parts[2][keep]
 
 
 class IntervalRow(NamedTuple):
@@ -171,6 +195,40 @@ def intervals(rows: Sequence[IntervalRow], *, x_label: str, title: str = "") -> 
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(x_label)
         axes.set_title(title)
+        return _svg(figure)
+
+
+def arrows(groups: Sequence[Arrows], *, x_label: str, y_label: str) -> str:
+    """A map: an arrow of one length at each place, on axes of equal scale. What comes first lies below."""
+    everything = [group.arrays() for group in groups]
+    if not sum(x.size for x, _, _ in everything):
+        raise ValueError("there is no arrow to draw: no place is finite")
+    wide, high = np.ptp(np.concatenate([places[:2] for places in everything], axis=1), axis=1)
+    matplotlib = require("matplotlib", "report")
+    figure_module = require("matplotlib.figure", "report")
+    colours = iter(_COLOURS * len(groups))
+    with matplotlib.rc_context():
+        _configure(matplotlib)
+        height = 1.2 + 4.2 * min(1.0, max(0.35, high / max(wide, 1e-9)))  # labels and legend, and the map
+        figure = figure_module.Figure(figsize=(_WIDTH, height), layout="constrained")
+        axes = figure.subplots()
+        for group, (x, y, angle) in zip(groups, everything):
+            colour = {"given": "#9a9a9a", "truth": _INK}.get(group.kind) or next(colours)
+            look = {"color": colour, "linestyle": "", "label": group.label}
+            if group.kind == "truth":
+                axes.plot(x, y, "o", markersize=14, markerfacecolor="none", markeredgewidth=1.6, **look)
+            else:
+                axes.plot(x, y, "o", markersize=5.5, markeredgewidth=0, **look)
+            axes.quiver(
+                x, y, np.cos(angle), np.sin(angle), color=colour, units="inches", scale_units="inches", scale=3.2,
+                width=0.022, headwidth=4.5, headlength=5, headaxislength=4.5,
+            )  # fmt: skip
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.margins(0.12)
+        axes.grid(color=_GRID, linewidth=0.6)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        figure.legend(loc="outside lower center", ncols=3, handletextpad=0.2)
         return _svg(figure)
 
 

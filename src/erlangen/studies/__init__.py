@@ -1,1 +1,1 @@
-"""Studies: a declared protocol in, tables and figures out. One file a study."""
+"""Studies: a declared protocol in, tables and figures out. A file or folder a study."""

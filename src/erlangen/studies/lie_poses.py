@@ -26,7 +26,6 @@ Shape suffixes: B windows, C given poses, G dimension of the algebra, m size of 
 """
 
 import importlib
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -42,17 +41,9 @@ from erlangen import lie, report
 from erlangen._extras import require
 from erlangen.lie.layers import LieTransformer, LieTransformerConfig
 
-from .lie_completion import (
-    Cells,
-    Progress,
-    VectorBlock,
-    copy_tables,
-    execute,
-    fit,
-    print_progress,
-    seeded,
-    with_error,
-)
+from ._jobs import Cells, Job, Progress, Tick, at_least_one, execute, print_progress
+from ._reading import by_seed, copy_tables, verdict, with_error
+from ._training import VectorBlock, fit, seeded
 
 FILES = {"intel": "intel.g2o", "parking-garage": "parking-garage.g2o", "kitti_00": "kitti_00_gt.txt"}
 GAPS = (1, 3, 7)
@@ -92,13 +83,9 @@ class PosesConfig:
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.trajectories if name not in FILES]
-        if unknown:
-            raise ValueError(f"trajectories must be of {', '.join(FILES)}, received {', '.join(unknown)}")
-        for name in ("seeds", "steps", "batch_size", "windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, received {getattr(self, name)}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, received {self.workers}")
+        if unknown or not self.trajectories:
+            raise ValueError(f"trajectories must be of {', '.join(FILES)}, received {', '.join(unknown) or 'none'}")
+        at_least_one(self, "seeds", "steps", "batch_size", "windows")
 
 
 def quick(out: Path, data: Path | None = None) -> PosesConfig:
@@ -285,12 +272,22 @@ def answer(model: PoseCompletion, windows: Windows, unit: float) -> Tensor:
 
 
 def train(
-    group: lie.Group, arm: str, poses: Tensor, *, seeds: Sequence[int], steps: int, batch_size: int
+    group: lie.Group,
+    arm: str,
+    poses: Tensor,
+    *,
+    seeds: Sequence[int],
+    steps: int,
+    batch_size: int,
+    tick: Tick | None = None,
 ) -> tuple[list[PoseCompletion], float]:
     """Train an arm of `LEARNED` on a trajectory, once a seed.
 
     Returns:
         the models, and the unit of length: the median step.
+
+    Raises:
+        KeyboardInterrupt: ``tick``, called after each step, said to stop.
     """
     unit = float((poses[1:] - poses[:-1])[:, :-1, -1].norm(dim=-1).median())
     models = [seeded(seed, lambda: PoseCompletion(group, arm)) for seed in seeds]
@@ -301,7 +298,7 @@ def train(
         drawn[index] += 1
         return tuple(part[drawn[index] - 1] for part in batches[index])
 
-    fit(models, draw, steps=steps, lr=LEARNING_RATE)
+    fit(models, draw, steps=steps, lr=LEARNING_RATE, tick=tick)
     return models, unit
 
 
@@ -341,8 +338,8 @@ def _test_windows(test: Tensor, count: int) -> dict[int, tuple[Windows, list[int
     return found
 
 
-def _cell(config: PosesConfig, name: str, arm: str) -> list[dict[str, Any]]:
-    """All seeds of one arm on one trajectory; of an arm that is not learned there is one."""
+def _cells(tick: Tick, config: PosesConfig, name: str, arm: str, seeds: list[int]) -> list[dict[str, Any]]:
+    """Some seeds of one arm on one trajectory; of an arm that is not learned there is one, 0."""
     group, poses = load(name, config.data)
     training, test = _split(poses)
     tests = _test_windows(test, config.windows)
@@ -352,13 +349,13 @@ def _cell(config: PosesConfig, name: str, arm: str) -> list[dict[str, Any]]:
         parameters = 0
     else:
         models, unit = train(
-            group, arm, training, seeds=range(config.seeds), steps=config.steps, batch_size=config.batch_size
+            group, arm, training, seeds=seeds, steps=config.steps, batch_size=config.batch_size, tick=tick
         )
         answers = [lambda windows, model=model: answer(model, windows, unit) for model in models]
         parameters = sum(p.numel() for p in models[0].parameters())
     seconds = (time.perf_counter() - started) / len(answers)
     records = []
-    for seed, find in enumerate(answers):
+    for seed, find in zip(seeds, answers):
         errors = {}
         for gap, (windows, blocks) in tests.items():
             found = pose_errors(find(windows), windows.missing)
@@ -370,13 +367,36 @@ def _cell(config: PosesConfig, name: str, arm: str) -> list[dict[str, Any]]:
     return records
 
 
-def declared_jobs(config: PosesConfig) -> dict[str, tuple[Any, ...]]:
-    """All jobs, by the key of their last cell."""
-    return {
-        f"{name}/{arm}/{0 if arm in FIXED else config.seeds - 1}": (_cell, config, name, arm)
-        for name in config.trajectories
-        for arm in ARMS
-    }
+def declared_jobs(config: PosesConfig, cells: Cells) -> list[Job]:
+    """All jobs; what they make is added to the cells."""
+    jobs = []
+    for name in config.trajectories:
+        for arm in ARMS:
+            seeds = cells.missing(f"{name}/{arm}", 1 if arm in FIXED else config.seeds)
+            steps = 1 if arm in FIXED else config.steps
+            arguments = (config, name, arm, seeds)
+            jobs.append(Job(work=_cells, arguments=arguments, steps=steps, finished=not seeds, keep=cells.add))
+    return jobs
+
+
+def measure(config: PosesConfig, progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Run what is declared and not on disk yet.
+
+    Returns:
+        a record a cell: trajectory, group, arm and seed, parameters and seconds, and ``errors``: by gap the ``metres``
+        and ``degrees`` of each test window, and the ``block`` of the trajectory it is in.
+
+    Raises:
+        FileNotFoundError: a trajectory is missing.
+        ValueError: the folder holds cells of other settings.
+    """
+    for name in config.trajectories:
+        load(name, config.data)
+    settings = {"study": "lie_poses", "learning_rate": LEARNING_RATE}
+    settings |= {name: getattr(config, name) for name in ("steps", "batch_size", "windows")}
+    cells = Cells(config.out / "cells.jsonl", settings)
+    execute(declared_jobs(config, cells), workers=config.workers, progress=progress)
+    return [r for r in cells.records.values() if r["trajectory"] in config.trajectories and r["seed"] < config.seeds]
 
 
 def run(config: PosesConfig, progress: Progress | None = None) -> Path:
@@ -391,14 +411,7 @@ def run(config: PosesConfig, progress: Progress | None = None) -> Path:
         ValueError: the folder holds cells of other settings.
     """
     require("matplotlib", "report")
-    for name in config.trajectories:
-        load(name, config.data)
-    settings = {"study": "lie_poses", "learning_rate": LEARNING_RATE}
-    settings |= {name: getattr(config, name) for name in ("steps", "batch_size", "windows")}
-    cells = Cells(config.out / "cells.jsonl", settings)
-    execute(cells, declared_jobs(config), workers=config.workers, progress=progress)
-    records = [r for r in cells.records.values() if r["trajectory"] in config.trajectories and r["seed"] < config.seeds]
-    return _write_report(config, records)
+    return _write_report(config, measure(config, progress))
 
 
 # Reading and reporting
@@ -406,8 +419,7 @@ def run(config: PosesConfig, progress: Progress | None = None) -> Path:
 
 def _errors(records: Sequence[Mapping[str, Any]], name: str, gap: int, arm: str, measure: str) -> np.ndarray:
     """[seeds, windows]."""
-    chosen = [r for r in records if (r["trajectory"], r["arm"]) == (name, arm)]
-    return np.array([r["errors"][str(gap)][measure] for r in sorted(chosen, key=lambda r: r["seed"])])
+    return np.array([r["errors"][str(gap)][measure] for r in by_seed(records, trajectory=name, arm=arm)])
 
 
 def block_bootstrap(
@@ -429,17 +441,6 @@ def block_bootstrap(
     return report.Interval(float(np.mean(values)), float(low), float(high))
 
 
-def verdict(seeds: report.Interval, windows: report.Interval, second: str) -> str:
-    """What the rule says of a difference of errors, Lie attention minus the second."""
-    if not math.isfinite(seeds.low):
-        return "one seed: no interval"
-    if seeds.high < 0 and windows.high < 0:
-        return "Lie attention is better"
-    if seeds.low > 0 and windows.low > 0:
-        return f"{second} is better"
-    return "no difference shown"
-
-
 def compare(config: PosesConfig, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Lie attention against each other arm, by trajectory, gap and measure, with both intervals."""
     rows = []
@@ -455,7 +456,8 @@ def compare(config: PosesConfig, records: Sequence[Mapping[str, Any]]) -> list[d
                     windows = block_bootstrap(difference.mean(0), blocks)
                     rows.append(
                         {"trajectory": name, "gap": gap, "measure": measure, "second": second, "seeds": seeds}
-                        | {"windows": windows, "points": difference.mean(1), "verdict": verdict(seeds, windows, second)}
+                        | {"windows": windows, "points": difference.mean(1)}
+                        | {"verdict": verdict(first, second, seeds, windows)}
                     )
     return rows
 
@@ -581,7 +583,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import tyro
 
     description = "Complete real trajectories: Lie attention against interpolation and vectors."
-    print(run(tyro.cli(PosesConfig, args=arguments, prog="lie_poses", description=description), print_progress))
+    print(run(tyro.cli(PosesConfig, args=arguments, prog="lie_poses", description=description), print_progress()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The tour: small transformers on real text, with and without symmetry breaking, under four optimisers.
+"""The tour: one page on what is done with symmetries here, in two parts that take minutes.
 
-Protocol, fixed before any run:
+Part one, small transformers on real text, with and without symmetry breaking, under four optimisers. Protocol, fixed
+before any run:
 
 - Data: the Python standard library's source, as bytes; a tenth or so of its files held out.
 - Model: 2 layers, 4 heads, width 64, context 64, learned biases everywhere (as in the code published with the paper).
@@ -12,21 +13,20 @@ Protocol, fixed before any run:
   that the two arms of an optimiser form pairs.
 - Measure: loss at the last step on one fixed set of windows. Rule: the mean over seeds of (broken − symmetric) with
   its 95 % Student interval; a difference is called only where the interval leaves out zero.
+
+Part two, attention between poses: `erlangen.studies.tour_lie`.
 """
 
+import functools
 import json
-import math
-import multiprocessing
 import os
 import platform
-import queue
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +38,12 @@ from erlangen.lm import BreakingConfig, DataConfig, GPTConfig, OptimizerConfig, 
 from erlangen.lm.checkpoint import checkpoints
 from erlangen.lm.logs import read_jsonl
 from erlangen.lm.settings import OptimizerName, to_dict
-from erlangen.lm.train import stop_on_signal
 from erlangen.optim import OPTIMIZERS
+
+from . import lie_completion, tour_lie
+from ._jobs import Job, Progress, Tick, at_least_one
+from ._jobs import execute as execute_jobs
+from ._reading import Part, by_seed, verdict, with_error
 
 LEARNING_RATES: dict[OptimizerName, float] = {"adamw": 3e-3, "sgdm": 0.1, "soap": 3e-2, "ecd": 3.0}
 """Learning rate of each optimiser, from the scan in benchmarks/results/tour_learning_rates.csv."""
@@ -57,16 +61,12 @@ class TourConfig:
     seeds: int = 3
     """Seeds for each arm."""
     steps: int = 500
-    """Steps of each run."""
+    """Steps of each run of part one; those of part two are 6/5 as many."""
     workers: int | None = None
     """Runs at a time, each on one thread; None for one a core."""
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, received {getattr(self, name)}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, received {self.workers}")
+        at_least_one(self, "seeds", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,6 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.optimizer}-{self.arm}-{self.seed}"
-
-
-Progress = Callable[[int, int], None]
-"""Called with the steps done and the steps there are, over all runs."""
 
 
 def run_config(
@@ -124,37 +120,26 @@ def declared_runs(config: TourConfig) -> list[Run]:
 # Running
 
 
-class _Worker:
-    """What a worker process keeps between runs."""
-
-    steps: Any
-    stop: Any
-    corpora: ClassVar[dict[str, lm.Corpus]] = {}
+@functools.cache
+def _corpus(source: str) -> lm.Corpus:
+    return lm.load_corpus(source)
 
 
-def _worker_start(steps: Any, stop: Any) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop; a run in progress hears Ctrl-C itself
-    _Worker.steps, _Worker.stop = steps, stop
-
-
-def _work(config: TrainConfig) -> bool:
-    """Run, or go on with, one run in a worker; whether it finished."""
+def _work(tick: Tick, config: TrainConfig) -> None:
+    """Run, or go on with, one run in a worker. Told to stop, it leaves a checkpoint."""
     assert config.out is not None
-    if _Worker.stop.is_set():
-        return False
-    source = config.data.corpus
-    if source not in _Worker.corpora:
-        _Worker.corpora[source] = lm.load_corpus(source)
 
     def progress(step: int, record: Mapping[str, Any]) -> None:
-        _Worker.steps.put((str(config.out), step))
-        if _Worker.stop.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
+        if tick(step):
+            os.kill(os.getpid(), signal.SIGTERM)  # which the loop hears; a second SIGINT would cut the step short
 
+    corpus = _corpus(config.data.corpus)
     if checkpoints(config.out):
-        return lm.resume(config.out, corpus=_Worker.corpora[source], progress=progress).finished
-    return lm.train(config, corpus=_Worker.corpora[source], progress=progress).finished
+        result = lm.resume(config.out, corpus=corpus, progress=progress)
+    else:
+        result = lm.train(config, corpus=corpus, progress=progress)
+    if not result.finished:
+        raise KeyboardInterrupt
 
 
 def is_finished(config: TrainConfig) -> bool:
@@ -178,37 +163,18 @@ def is_finished(config: TrainConfig) -> bool:
     )
 
 
-def execute(configs: Sequence[TrainConfig], *, workers: int | None = None, progress: Progress | None = None) -> None:
-    """Run every config that is not on disk yet, several at a time, each on one thread.
+def jobs(configs: Sequence[TrainConfig]) -> list[Job]:
+    """A job a run. Stopped, it is found again and gone on with.
 
-    Ctrl-C or SIGTERM stops the runs after their current step; what they wrote is found again by the next call.
+    Raises:
+        ValueError: another run is in the folder of one.
     """
-    total = sum(config.steps for config in configs)
-    todo = [config for config in configs if not is_finished(config)]
-    done = {str(config.out): 0 for config in todo}
-    before = total - sum(config.steps for config in todo)
-    context = multiprocessing.get_context("spawn")
-    steps, stop = context.Queue(), context.Event()
-    workers = min(workers or os.cpu_count() or 1, max(1, len(todo)))
-    with stop_on_signal() as told, ProcessPoolExecutor(workers, context, _worker_start, (steps, stop)) as pool:
-        pending: set[Future[bool]] = {pool.submit(_work, config) for config in todo}
-        try:
-            while pending:
-                finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                while True:
-                    try:
-                        name, step = steps.get_nowait()
-                    except queue.Empty:
-                        break
-                    done[name] = step
-                if progress is not None:
-                    progress(before + sum(done.values()), total)
-                if told.is_set() or not all(future.result() for future in finished):
-                    raise KeyboardInterrupt
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    return [Job(work=_work, arguments=(c,), steps=c.steps, finished=is_finished(c)) for c in configs]
+
+
+def execute(configs: Sequence[TrainConfig], *, workers: int | None = None, progress: Progress | None = None) -> None:
+    """Run every config that is not on disk yet, several at a time, each on one thread."""
+    execute_jobs(jobs(configs), workers=workers, progress=progress)
 
 
 # Reading
@@ -242,19 +208,8 @@ def _read(run: Run) -> dict[str, Any]:
 
 
 def _select(results: Sequence[Mapping[str, Any]], optimizer: str, arm: str, key: str) -> np.ndarray:
-    """[seeds, ...], in order of the seed."""
-    chosen = sorted((r for r in results if r["optimizer"] == optimizer and r["arm"] == arm), key=lambda r: r["seed"])
-    return np.array([r[key] for r in chosen], dtype=float)
-
-
-def _verdict(interval: report.Interval) -> str:
-    if not math.isfinite(interval.low):
-        return "one seed: no interval"
-    if interval.high < 0:
-        return "broken is better"
-    if interval.low > 0:
-        return "broken is worse"
-    return "no difference shown"
+    """[seeds, ...]."""
+    return np.array([result[key] for result in by_seed(results, optimizer=optimizer, arm=arm)], dtype=float)
 
 
 def compare(results: Sequence[Mapping[str, Any]]) -> dict[OptimizerName, dict[str, Any]]:
@@ -264,10 +219,10 @@ def compare(results: Sequence[Mapping[str, Any]]) -> dict[OptimizerName, dict[st
         final = {arm: _select(results, optimizer, arm, "validation")[:, -1] for arm in ARMS}
         difference = final["broken"] - final["symmetric"]
         comparison[optimizer] = {
-            **{arm: report.mean_and_standard_error(final[arm]) for arm in ARMS},
             "final": final,
             "difference": difference,
-            "interval": report.paired_interval(difference),
+            "interval": (interval := report.paired_interval(difference)),
+            "verdict": verdict("broken", "symmetric", interval),
         }
     return comparison
 
@@ -275,18 +230,13 @@ def compare(results: Sequence[Mapping[str, Any]]) -> dict[OptimizerName, dict[st
 # Reporting
 
 
-def _with_error(mean: float, error: float) -> str:
-    return f"{mean:.3f}" if not math.isfinite(error) else f"{mean:.3f}\u00a0±\u00a0{error:.3f}"
-
-
 def _results_table(comparison: Mapping[OptimizerName, Mapping[str, Any]]) -> report.Table:
     rows = [
         (
             TITLES[optimizer],
-            _with_error(*row["symmetric"]),
-            _with_error(*row["broken"]),
+            *(with_error(row["final"][arm], ".3f", ".3f") for arm in ARMS),
             row["interval"],
-            _verdict(row["interval"]),
+            row["verdict"],
         )
         for optimizer, row in comparison.items()
     ]
@@ -356,8 +306,8 @@ def _charge_figure(results: Sequence[Mapping[str, Any]], sector: str) -> str:
     return report.small_multiples(panels, x_label="step", y_label="largest relative charge", log_y=True)
 
 
-def write_report(config: TourConfig, results: Sequence[Mapping[str, Any]], seconds: float) -> Path:
-    """The HTML report, with JSON and CSV beside it."""
+def breaking_part(config: TourConfig, results: Sequence[Mapping[str, Any]]) -> Part:
+    """Part one of the page."""
     comparison = compare(results)
     results_table, seeds_table = _results_table(comparison), _seeds_table(comparison)
     optimizers_table = _optimizers_table(results)
@@ -366,11 +316,8 @@ def write_report(config: TourConfig, results: Sequence[Mapping[str, Any]], secon
     parameters = sum(p.numel() for p in lm.GPT(replace(model, vocab_size=256)).parameters())
     spread = float(np.mean([result["standard_error"] for result in results]))
     tokens = first.batch_size * model.context_length * config.steps
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, erlangen {erlangen.__version__}"
-    )
     sections = [
-        report.Section("What was run", [
+        report.Section("Part one: breaking the symmetry of heads", [
             f"{len(results)} transformers of {parameters:,} parameters ({model.num_layers} layers, {model.num_heads} "
             f"heads, width {model.dim}, context {model.context_length}), each trained for {config.steps} steps on "
             f"{tokens:,} bytes of the Python standard library's source, half of them with the symmetry of their heads "
@@ -425,27 +372,54 @@ def write_report(config: TourConfig, results: Sequence[Mapping[str, Any]], secon
             ),
         ]),
         report.Section("Every run", [seeds_table, optimizers_table]),
-        report.Section("How to read this", [
-            "These models are small and their training short: the tour shows the instruments, not a verdict on models "
-            "of other sizes. One learning rate an optimiser was chosen on another seed, from a scan over both arms "
-            "(`benchmarks/results/tour_learning_rates.csv`). Optimisers are not ranked here: their scans were coarse.",
-            f"Made by `erlangen tour --seeds {config.seeds} --steps {config.steps}` in {seconds:.0f} s on {machine}. "
-            "The logs of all runs are in the folder `runs` beside this file.",
-        ]),
     ]  # fmt: skip
-    verdicts = "; ".join(f"{TITLES[optimizer]}: {_verdict(row['interval'])}" for optimizer, row in comparison.items())
+    verdicts = "; ".join(f"{TITLES[optimizer]}: {row['verdict']}" for optimizer, row in comparison.items())
+    return Part(
+        summary=f"Small transformers on real text, with and without a preferred direction in their heads. {verdicts}.",
+        sections=sections,
+        tables={"results": results_table, "seeds": seeds_table, "optimizers": optimizers_table},
+    )
+
+
+def write_report(
+    config: TourConfig, results: Sequence[Mapping[str, Any]], poses: Sequence[Mapping[str, Any]], seconds: float
+) -> Path:
+    """The HTML report, with JSON and CSV beside it.
+
+    Args:
+        config: what was run.
+        results: of the runs of part one.
+        poses: records of part two, from `lie_completion.measure`.
+        seconds: what this call took.
+    """
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, erlangen {erlangen.__version__}"
+    )
+    parts = [breaking_part(config, results), tour_lie.part(_poses_config(config), poses)]
+    reading = report.Section("How to read this", [
+        "These models are small and their training short: the tour shows the instruments, not a verdict on models "
+        "of other sizes. In part one, one learning rate an optimiser was chosen on another seed, from a scan over both "
+        "arms (`benchmarks/results/tour_learning_rates.csv`). Optimisers are not ranked here: their scans were coarse. "
+        "In part two the rates come from such a scan too (`benchmarks/results/lie_completion_learning_rates.csv`).",
+        f"Made by `erlangen tour --seeds {config.seeds} --steps {config.steps}` on {machine}; its last call took "
+        f"{seconds:.0f} s. The logs of all runs are in the folders `runs` and `lie` beside this file.",
+    ])  # fmt: skip
     html = report.page(
-        "A tour of symmetry breaking",
-        [f"Small transformers on real text, with and without a preferred direction in their heads. {verdicts}."],
-        sections,
+        "A tour of symmetry in attention",
+        [part.summary for part in parts],
+        [*(section for part in parts for section in part.sections), reading],
     )
     return report.write_report(
         config.out,
         "tour",
         html,
-        {"config": to_dict(config), "seconds": seconds, "machine": machine, "runs": list(results)},
-        {"results": results_table, "seeds": seeds_table, "optimizers": optimizers_table},
+        {"config": to_dict(config), "seconds": seconds, "machine": machine, "runs": results, "lie": poses},
+        {key: table for part in parts for key, table in part.tables.items()},
     )
+
+
+def _poses_config(config: TourConfig) -> lie_completion.CompletionConfig:
+    return tour_lie.declared_config(out=config.out / "lie", seeds=config.seeds, steps=max(1, 6 * config.steps // 5))
 
 
 def tour(config: TourConfig, *, progress: Progress | None = None) -> Path:
@@ -460,6 +434,7 @@ def tour(config: TourConfig, *, progress: Progress | None = None) -> Path:
     """
     require("matplotlib", "report")
     started = time.monotonic()
-    runs = declared_runs(config)
-    execute([run.config for run in runs], workers=config.workers, progress=progress)
-    return write_report(config, [_read(run) for run in runs], time.monotonic() - started)
+    poses, runs = _poses_config(config), declared_runs(config)
+    declared = lie_completion.declared_jobs(poses, lie_completion.kept_cells(poses))
+    execute_jobs([*declared, *jobs([run.config for run in runs])], workers=config.workers, progress=progress)
+    return write_report(config, [_read(run) for run in runs], lie_completion.measure(poses), time.monotonic() - started)
