@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lie_cases import POINT_GROUPS
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -11,3 +12,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(5)
+
+
+@pytest.fixture(params=POINT_GROUPS, ids=str)
+def group(request):
+    return request.param

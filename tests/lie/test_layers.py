@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from lie_cases import DTYPES, far_elements, near, turn
 from safetensors.torch import load_file, save_file
 
 from erlangen.lie import GL, SE2, SE3, SO2, SO3, Aff2, Product, Sim2
@@ -15,33 +16,12 @@ from erlangen.testing import assert_equivariant
 B, N, DIM, HEADS = 2, 5, 12, 3
 
 
-def near(group, *batch, generator, spread=0.4, dtype=torch.float64):
-    tangent = spread * torch.randn(*batch, group.dim, generator=generator, dtype=torch.float64)
-    return group.exp(tangent.clamp(-1, 1)).to(dtype)
-
-
-def far_elements(group, generator, count=4):
-    """Elements with translations of 1e3 and, where the group scales, scales of 1e2 and 1e-2."""
-    elements = group.exp(torch.randn(count, group.dim, generator=generator, dtype=torch.float64).clamp(-1, 1))
-    n = group.point_dim
-    elements[:, :n, n:] *= 1e3
-    if "scale" in group.blocks:
-        scale = torch.tensor([1e2, 1e-2], dtype=torch.float64).repeat(count // 2)
-        elements[:, :n, :n] *= scale[:, None, None]
-    return elements
-
-
 def shake(module, generator):
     """Nothing at zero any more, so that every path counts."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
     return module
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(7)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +90,7 @@ def test_float32_is_equivariant_as_far_as_its_poses_are(generator):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_padding_changes_nothing_and_may_be_anything(causal, dtype, generator):
     model = transformer(generator, feature_dim=2, causal=causal).to(dtype)
     poses = near(SE2, 1, N, generator=generator, dtype=dtype)
@@ -160,15 +140,11 @@ def test_every_parameter_is_used(content, displacement, update_poses, generator)
 
 
 @pytest.mark.parametrize("group", [SE3, Product(SE2, SO3)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_finite_where_poses_coincide_and_at_half_a_turn(group, dtype, generator):
     model = transformer(generator, group=str(group)).to(dtype)
-    turn = torch.zeros(group.dim, dtype=torch.float64)
-    for name, indices in group.blocks.items():
-        if name.endswith("rotation"):
-            turn[indices[0]] = math.pi
     start = near(group, 1, 1, generator=generator)
-    poses = torch.cat([start, start, start @ group.exp(turn)], dim=1).to(dtype).requires_grad_()
+    poses = torch.cat([start, start, start @ turn(group, math.pi)], dim=1).to(dtype).requires_grad_()
     features, moved = model(poses)
     loss = features.square().sum() + moved.square().sum()
     (gradient,) = torch.autograd.grad(loss, poses, create_graph=True)
@@ -201,12 +177,10 @@ def test_a_displacement_is_learned(generator):
     """Tokens in a chain, each two metres ahead of the one before; the payload of the one ahead is to be found."""
     step = torch.eye(3)
     step[0, 2] = 2.0
-    turn = SE2.exp(
-        torch.tensor([[0.3, 0.0, 0.0]]) if list(SE2.blocks["rotation"]) == [0] else torch.tensor([[0.0, 0.0, 0.3]])
-    )[0]
+    step = step @ turn(SE2, 0.3).float()
     chain = [near(SE2, generator=generator, dtype=torch.float32)]
     for _ in range(7):
-        chain.append(chain[-1] @ step @ turn)
+        chain.append(chain[-1] @ step)
     poses = torch.stack(chain)[None]
     payload = torch.randn(1, 8, 4, generator=generator)
     layer = LieAttention(SE2, 1, 4, content=False, displacement=True)
@@ -254,7 +228,7 @@ def test_weights_come_from_the_generator():
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_saved_model_is_the_same_model(dtype, generator, tmp_path):
     model = transformer(generator, feature_dim=2, mlp_dim=7, displacement=False).to(dtype)
     path = tmp_path / "model.safetensors"

@@ -7,51 +7,25 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
+from lie_cases import (
+    LOGM_MAY_WARN,
+    act_on_poses,
+    assert_near,
+    far_elements,
+    near,
+    outside_chart,
+    score_options,
+)
 from scipy.spatial.transform import Rotation
 
-from erlangen.lie import GL, SE2, SE3, SO2, SO3, Aff2, Sim3, Translation
+from erlangen.lie import GL, SE2, SE3, SO2, SO3, Aff2
 from erlangen.lie.attention import lie_weights
 from erlangen.lie.values import lie_mean_tangent, lie_mean_update, lie_transport
 from erlangen.testing import assert_equivariant, assert_invariant
 
-GROUPS = [SO2, SE2, SO3, SE3, Sim3, GL(2), Aff2, Translation(2)]
 B, H, N, M, P = 2, 2, 3, 4, 2
 
-# It warns from 1000 roundings on, some 1e-13, which is what we take its error to be.
-pytestmark = pytest.mark.filterwarnings("ignore:logm result may be inaccurate:RuntimeWarning")
-
-
-def near(group, *batch, generator, spread=0.4):
-    """Poses whose relative poses all lie in the principal chart."""
-    tangent = spread * torch.randn(*batch, group.dim, generator=generator, dtype=torch.float64)
-    return group.exp(tangent.clamp(-1, 1))
-
-
-def far_elements(group, generator, count=4):
-    """Elements with translations of 1e3 and, where the group scales, scales of 1e2 and 1e-2."""
-    elements = group.exp(torch.randn(count, group.dim, generator=generator, dtype=torch.float64).clamp(-1, 1))
-    n = group.point_dim
-    elements[:, :n, n:] *= 1e3
-    if "scale" in group.blocks:
-        scale = torch.tensor([1e2, 1e-2], dtype=torch.float64).repeat(count // 2)
-        elements[:, :n, :n] *= scale[:, None, None]
-    return elements
-
-
-def assert_close(actual, expected, tolerance=1e-10):
-    """scipy's logm and ours are each good to some 1e-13 of matrices of size 1."""
-    error = np.abs(actual.detach().numpy() - np.asarray(expected)).max()
-    assert error <= tolerance, error
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(5)
-
-
-@pytest.fixture(params=GROUPS, ids=str)
-def group(request):
-    return request.param
+pytestmark = LOGM_MAY_WARN
 
 
 @pytest.fixture
@@ -70,14 +44,14 @@ def test_mean_tangents_and_steps_are_loops_over_logm(group, scene, generator):
     expected = np.zeros((B, H, N, group.dim))
     for b, h, i, j in np.ndindex(B, H, N, M):
         expected[b, h, i] += weights[b, h, i, j].item() * oracle_log(group, query[b, i].numpy(), key[b, j].numpy())
-    assert_close(lie_mean_tangent(weights, query, key, group), expected)
+    assert_near(lie_mean_tangent(weights, query, key, group), expected)
 
     displacement = near(group, H, generator=generator, spread=0.1)
     displaced = np.zeros((B, H, N, group.dim))
     for b, h, i, j in np.ndindex(B, H, N, M):
         frame = query[b, i].numpy() @ displacement[h].numpy()
         displaced[b, h, i] += weights[b, h, i, j].item() * oracle_log(group, frame, key[b, j].numpy())
-    assert_close(lie_mean_tangent(weights, query, key, group, displacement=displacement), displaced)
+    assert_near(lie_mean_tangent(weights, query, key, group, displacement=displacement), displaced)
 
     step_H = torch.rand(H, generator=generator, dtype=torch.float64)
     step_HGG = torch.randn(H, group.dim, group.dim, generator=generator, dtype=torch.float64)
@@ -91,7 +65,7 @@ def test_mean_tangents_and_steps_are_loops_over_logm(group, scene, generator):
         moved = lie_mean_update(weights, query, key, group, step)
         for b, i in np.ndindex(B, N):
             xi = group.hat(torch.from_numpy(tangent[b, i])).numpy()
-            assert_close(moved[b, i], query[b, i].numpy() @ scipy.linalg.expm(xi), 1e-9)
+            assert_near(moved[b, i], query[b, i].numpy() @ scipy.linalg.expm(xi), 1e-9)
 
 
 def test_the_comparison_sees_a_wrong_update(generator):
@@ -100,7 +74,7 @@ def test_the_comparison_sees_a_wrong_update(generator):
     moved = lie_mean_update(weights, query, key, SE2)
     for wrong in (lie_mean_update(weights, query, key, SE2, 1 + 1e-8), moved.flip(1), query):
         with pytest.raises(AssertionError):
-            assert_close(wrong, moved)
+            assert_near(wrong, moved)
 
 
 def test_poses_a_head(generator):
@@ -132,7 +106,7 @@ def test_iterated_it_is_the_intrinsic_mean_of_rotations(generator):
         sum_of_squares, np.zeros(3), method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 0}
     )
     # A minimiser of values sees the place of a minimum to the root of the precision of a value.
-    assert_close(karcher(SO3, poses, poses[0]), Rotation.from_rotvec(best.x).as_matrix(), 1e-6)
+    assert_near(karcher(SO3, poses, poses[0]), Rotation.from_rotvec(best.x).as_matrix(), 1e-6)
 
 
 @pytest.mark.parametrize("group", [SE2, SE3, Aff2], ids=str)
@@ -142,7 +116,7 @@ def test_iterated_it_is_the_exponential_barycentre(group, generator):
     mean = karcher(group, poses, poses[0])
     residual = sum(oracle_log(group, mean.numpy(), pose.numpy()) for pose in poses)
     assert np.abs(residual).max() < 1e-11
-    assert_close(karcher(group, poses, poses[3]), mean.numpy(), 1e-11)
+    assert_near(karcher(group, poses, poses[3]), mean.numpy(), 1e-11)
 
 
 @pytest.mark.parametrize("kind", ["vectors", "points"])
@@ -156,7 +130,7 @@ def test_transport_is_a_loop_over_matrix_products(group, scene, generator, kind)
         homogeneous[:n] = value[b, h, j, p]
         homogeneous[n:] = kind == "points"
         expected[b, h, i, p] += weights[b, h, i, j].item() * np.linalg.solve(q[b, i], k[b, j] @ homogeneous)[:n]
-    assert_close(lie_transport(weights, query, key, value, group, kind=kind), expected)
+    assert_near(lie_transport(weights, query, key, value, group, kind=kind), expected)
 
 
 def test_a_common_large_translation_costs_transport_no_digits(generator):
@@ -174,10 +148,6 @@ def test_a_common_large_translation_costs_transport_no_digits(generator):
     )
 
 
-def everywhere(element, query, key, *rest):
-    return element @ query, element @ key, *rest
-
-
 def test_all_value_paths_are_equivariant(group, scene, generator):
     weights, query, key = scene
     elements = far_elements(group, generator)
@@ -185,7 +155,7 @@ def test_all_value_paths_are_equivariant(group, scene, generator):
         lambda q, k: lie_mean_update(weights, q, k, group, 0.3),
         None,
         (query, key),
-        act_in=everywhere,
+        act_in=act_on_poses,
         act_out=lambda element, poses: element @ poses,
         elements=elements,
     )
@@ -195,7 +165,7 @@ def test_all_value_paths_are_equivariant(group, scene, generator):
             lambda q, k, v, kind=kind: lie_transport(weights, q, k, v, group, kind=kind),
             None,
             (query, key, value),
-            act_in=everywhere,
+            act_in=act_on_poses,
             elements=elements,
             allow_trivial=str(group).startswith("Translation") and kind == "vectors",
         )
@@ -237,10 +207,8 @@ def test_gradients_and_second_gradients(group, coincident, generator):
 
 @pytest.mark.parametrize("group", [GL(2), Aff2], ids=str)
 def test_pairs_outside_the_chart_need_zero_weights(group, generator):
-    bad = torch.eye(group.matrix_size, dtype=torch.float64)
-    bad[0, 0], bad[1, 1] = -1.0, -2.0
     query = near(group, 1, 1, generator=generator).requires_grad_()
-    key = torch.cat([near(group, 1, 2, generator=generator, spread=0.2), query.detach() @ bad], dim=1)
+    key = torch.cat([near(group, 1, 2, generator=generator, spread=0.2), query.detach() @ outside_chart(group)], dim=1)
     weights = torch.tensor([[[[0.25, 0.25, 0.5]]]], dtype=torch.float64)
     with pytest.raises(ValueError, match=r'1 of 3 pairs do not: use chart="polar" or weights of zero'):
         lie_mean_update(weights, query, key, group)
@@ -251,12 +219,7 @@ def test_pairs_outside_the_chart_need_zero_weights(group, generator):
     assert torch.equal(moved, lie_mean_update(weights[..., :2], query, key[:, :2], group))
     (gradient,) = torch.autograd.grad(moved.square().sum(), query)
     assert gradient.isfinite().all()
-    options = {
-        "group": group,
-        "block_weights": torch.ones(1, len(group.blocks), dtype=torch.float64),
-        "temperature": torch.ones(1, dtype=torch.float64),
-    }
-    weights = lie_weights(query, key, **options, outside="mask")
+    weights = lie_weights(query, key, **score_options(group, generator, heads=1), outside="mask")
     assert weights[..., 2].item() == 0.0
     assert lie_mean_update(weights, query, key, group).isfinite().all()
 
@@ -300,4 +263,4 @@ def test_two_quarter_turns_meet_half_way():
     poses = torch.stack([torch.eye(2, dtype=torch.float64), quarter])[None]
     weights = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64)
     eighth = SO2.exp(torch.tensor([math.pi / 4], dtype=torch.float64))
-    assert_close(lie_mean_update(weights, poses, poses, SO2), eighth.expand(1, 2, 2, 2).numpy(), 1e-15)
+    assert_near(lie_mean_update(weights, poses, poses, SO2), eighth.expand(1, 2, 2, 2).numpy(), 1e-15)

@@ -203,6 +203,14 @@ class Group(ABC):
             ValueError: a wrong shape, a non-finite entry, or a matrix without a nearest element.
         """
 
+    @abstractmethod
+    def project_tangent(self, g: Tensor, x: Tensor) -> Tensor:
+        """The matrix nearest to x (in the Frobenius norm) among those tangent to the group at g: [..., m, m] each.
+
+        It is g hat(ξ) for some ξ. Of a gradient with respect to the entries of g, what it removes depends on how a
+        function happens to be continued to matrices off the group.
+        """
+
     def check(self, g: Tensor) -> None:
         """Raise unless each matrix is an element of the group, up to ``8 sqrt(eps)`` of its dtype (relative).
 
@@ -245,3 +253,12 @@ class Group(ABC):
     def _require_chart(self, chart: str) -> None:
         if chart not in self.charts:
             raise ValueError(f"{self} has the charts {', '.join(map(repr, self.charts))}, received {chart!r}")
+
+
+def outside_message(
+    count: int, total: int, group: Group, chart: str, advice: str = 'outside="mask" to leave them out'
+) -> str:
+    """What to tell somebody whose relative poses are outside the chart."""
+    if chart != "polar" and "polar" in group.charts:
+        advice = f'chart="polar" or {advice}'
+    return f"relative poses must lie in the {chart} chart of {group}, {count} of {total} pairs do not: use {advice}"

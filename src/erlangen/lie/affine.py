@@ -84,6 +84,11 @@ class Affine(Group):
         linear, translation = self.split(g)
         return matvec(linear, points) + translation
 
+    def project_tangent(self, g: Tensor, x: Tensor) -> Tensor:
+        linear, _ = self.split(g)
+        n = self.point_dim
+        return without_last_row(self.linear.project_tangent(linear, x[..., :n, :n]), x[..., :n, n])
+
     def project(self, matrix: Tensor) -> Tensor:
         """The nearest linear part, with the translation as it is: [..., m, m], detached."""
         linear, translation = self.split(require_finite(self, matrix))
@@ -149,6 +154,10 @@ class Translation(Group):
         self._require_elements(g)
         return points + g[..., :-1, -1]
 
+    def project_tangent(self, g: Tensor, x: Tensor) -> Tensor:
+        self._require_elements(g)
+        return without_last_row(torch.zeros_like(x[..., :-1, :-1]), x[..., :-1, -1])
+
     def project(self, matrix: Tensor) -> Tensor:
         """The translation of the matrix: [..., m, m], detached."""
         self._require_elements(matrix)
@@ -168,6 +177,11 @@ def translation_basis(n: int) -> np.ndarray:
     basis = np.zeros((n, n + 1, n + 1))
     basis[range(n), range(n), n] = 1
     return basis
+
+
+def without_last_row(linear: Tensor, translation: Tensor) -> Tensor:
+    """[[A, t], [0, 0]]: [..., n, n] and [..., n] -> [..., n + 1, n + 1]."""
+    return torch.nn.functional.pad(torch.cat([linear, translation[..., None]], -1), (0, 0, 0, 1))
 
 
 def assemble(linear: Tensor, translation: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ._base import Group
+from ._base import Group, outside_message
+from ._geometry import pair_geometry
+from ._tiled import tiled_attention
 
 Outside = Literal["error", "mask"]
 
-IMPLEMENTATIONS = ("auto", "reference")
+IMPLEMENTATIONS = ("auto", "reference", "tiled")
 
 
 def lie_scores(
@@ -37,7 +39,8 @@ def lie_scores(
 ) -> Tensor:
     """Dense scores −Σ_b block_weights[h, b] ‖hat(log(c_h⁻¹ q⁻¹ k))_b‖_F² / temperature[h] (arXiv 2606.20547).
 
-    Differentiable, twice, in every argument; finite gradients at coincident poses and at half a turn.
+    Differentiable, twice, in every argument; finite gradients at coincident poses and at half a turn. The gradient of
+    poses is tangent to the group (``Group.project_tangent``): no part of it points at matrices that are no poses.
 
     Args:
         query: poses [B, N, m, m], or [B, H, N, m, m] for a set of poses a head; float32 or float64, as all others.
@@ -59,9 +62,8 @@ def lie_scores(
         ValueError: shapes, dtypes or devices do not fit; λ or τ is not positive; a pose is not in the group; pairs are
             outside the chart and ``outside="error"``.
     """
-    scores_BHNM, allowed_BHNM = _scores(
-        query, key, group, block_weights, temperature, displacement, None, chart, outside, check
-    )
+    inputs = _Inputs(query, key, group, block_weights, temperature, displacement, chart, outside, check)
+    scores_BHNM, allowed_BHNM = _dense_scores(inputs)
     return scores_BHNM if allowed_BHNM is None else scores_BHNM.masked_fill(~allowed_BHNM, -math.inf)
 
 
@@ -98,34 +100,12 @@ def lie_weights(
     Raises:
         ValueError: as :func:`lie_scores`; or mask or content do not fit.
     """
-    num_heads = _num_heads(block_weights, group)
-    query, key = pose_heads(query, key, group, num_heads)
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    allowed_BHNM = _allowed(query.shape[0], num_heads, num_queries, num_keys, mask, causal, query.device)
-    content_BHNM = None
-    if content_query is not None or content_key is not None:
-        if content_query is None or content_key is None:
-            missing = "content_query" if content_query is None else "content_key"
-            raise ValueError(f"a content score needs content_query and content_key, received no {missing}: give both")
-        check_alike(query=query, content_query=content_query, content_key=content_key)
-        expect_shape("content_query", content_query, (query.shape[0], num_heads, num_queries, None), "[B, H, N, E]")
-        width = content_query.shape[-1]
-        expect_shape("content_key", content_key, (query.shape[0], num_heads, num_keys, width), "[B, H, M, E]")
-        if allowed_BHNM is not None:
-            content_query = content_query.masked_fill(~allowed_BHNM.any(-1)[..., None], 0.0)
-            content_key = content_key.masked_fill(~allowed_BHNM.any(-2)[..., None], 0.0)
-        content_BHNM = content_query @ content_key.mT / math.sqrt(width)
-    scores_BHNM, allowed_BHNM = _scores(
-        query, key, group, block_weights, temperature, displacement, allowed_BHNM, chart, outside, check
-    )
-    if content_BHNM is not None:
-        scores_BHNM = scores_BHNM + content_BHNM
-    if allowed_BHNM is None:
-        return scores_BHNM.softmax(dim=-1)
-    # A row of −inf only would give NaN: it keeps its finite scores in the softmax and loses its weights after it.
-    empty_BHN1 = ~allowed_BHNM.any(-1, keepdim=True)
-    scores_BHNM = scores_BHNM.masked_fill(~(allowed_BHNM | empty_BHN1), -math.inf)
-    return scores_BHNM.softmax(dim=-1).masked_fill(empty_BHN1, 0.0)
+    return _dense_weights(
+        _Inputs(
+            query, key, group, block_weights, temperature, displacement, chart, outside, check,
+            content_query, content_key, causal, mask,
+        )
+    )  # fmt: skip
 
 
 def lie_attention(
@@ -150,93 +130,175 @@ def lie_attention(
 
     Args:
         query, key, group, block_weights, temperature, displacement, chart, outside, check: as in :func:`lie_scores`.
+            Pass one tensor as query and key where they are the same: the scores are symmetric then, which saves time.
         value: payload [B, H, M, D] that does not transform with the poses; see ``values`` for payloads that do.
         content_query, content_key, causal, mask: as in :func:`lie_weights`.
-        impl: "reference" computes the dense scores with plain operations; "auto" chooses, at present the same.
+        impl: "reference" computes the dense scores with plain operations and can be differentiated twice; "tiled" needs
+            memory for a few tiles of pairs only and is one operator to ``torch.compile``; "auto" is "tiled", save for
+            groups that have no formulas of their own there while all pairs are few (at most 512 × 512 a head).
 
     Returns:
         [B, H, N, D]; zero, with zero gradients, for a query that may attend nothing.
 
     Raises:
         ValueError: as :func:`lie_weights`; or the value does not fit, or there is no such implementation.
+        RuntimeError: a second derivative is asked of "tiled".
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, received {impl!r}")
+    expect_choice("impl", impl, IMPLEMENTATIONS)
+    inputs = _Inputs(
+        query, key, group, block_weights, temperature, displacement, chart, outside, check,
+        content_query, content_key, causal, mask,
+    )  # fmt: skip
     check_alike(query=query, value=value)
-    weights_BHNM = lie_weights(
-        query,
-        key,
-        group=group,
-        block_weights=block_weights,
-        temperature=temperature,
-        displacement=displacement,
-        content_query=content_query,
-        content_key=content_key,
-        causal=causal,
-        mask=mask,
-        chart=chart,
-        outside=outside,
-        check=check,
-    )
-    batch, num_heads, _, num_keys = weights_BHNM.shape
-    expect_shape("value", value, (batch, num_heads, num_keys, None), "[B, H, M, D]")
+    expect_shape("value", value, (query.shape[0], inputs.num_heads, inputs.num_keys, None), "[B, H, M, D]")
     if mask is not None:  # 0 · NaN is NaN: what stands at a padded key must not come in with weight 0
         value = value.masked_fill(~mask.any(-2)[..., None], 0.0)
-    return weights_BHNM @ value
+    if impl == "auto":
+        few = inputs.num_queries * inputs.num_keys <= 512**2 and not torch.compiler.is_compiling()
+        impl = "reference" if few and not pair_geometry(group, chart).is_fast else "tiled"
+    if impl == "reference":
+        return _dense_weights(inputs) @ value
+    return _tiled(inputs, value)
 
 
-def _scores(
-    query: Tensor,
-    key: Tensor,
-    group: Group,
-    block_weights_HK: Tensor,
-    temperature_H: Tensor,
-    displacement_Hmm: Tensor | None,
-    allowed_BHNM: Tensor | None,
-    chart: str,
-    outside: Outside,
-    check: bool,
-) -> tuple[Tensor, Tensor | None]:
+class _Inputs:
+    """The arguments of a call, seen to be right, with whatever stands where nobody looks made harmless."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        group: Group,
+        block_weights: Tensor,
+        temperature: Tensor,
+        displacement: Tensor | None,
+        chart: str,
+        outside: Outside,
+        check: bool,
+        content_query: Tensor | None = None,
+        content_key: Tensor | None = None,
+        causal: bool = False,
+        mask: Tensor | None = None,
+    ) -> None:
+        expect_choice(f"chart of {group}", chart, group.charts)
+        expect_choice("outside", outside, get_args(Outside))
+        self.group, self.chart, self.outside, self.causal, self.mask = group, chart, outside, causal, mask
+        self.check = check and not torch.compiler.is_compiling()
+        expect_shape("block_weights", block_weights, (None, len(group.blocks)), f"[H, blocks of {group}]")
+        self.num_heads = block_weights.shape[0]
+        check_alike(
+            query=query, key=key, block_weights=block_weights, temperature=temperature, displacement=displacement
+        )
+        expect_shape("temperature", temperature, (self.num_heads,), "[H]")
+        expect_displacement(displacement, self.num_heads, group)
+        # With a mask the poses that nobody looks at differ, unless it is one of keys, which all queries look past.
+        of_keys = mask is None or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1 and not causal)
+        self.same = query is key and of_keys
+        query_BHNmm, key_BHMmm = pose_heads(query, key, group, self.num_heads)
+        self.batch, self.num_queries, self.num_keys = len(query), query_BHNmm.shape[2], key_BHMmm.shape[2]
+        _expect_mask(mask, (self.batch, self.num_heads, self.num_queries, self.num_keys))
+        queries_BHN, keys_BHM = _looked_at(mask, causal, self.num_queries, self.num_keys, query.device)
+        self.content = self._content(query, content_query, content_key, queries_BHN, keys_BHM)
+        self.query, self.key = (
+            _along(replace_poses(query_BHNmm, queries_BHN, group), group),
+            _along(replace_poses(key_BHMmm, keys_BHM, group), group),
+        )
+        self.displacement = None if displacement is None else _along(displacement, group)
+        if self.check:
+            for name, tensor in (("block_weights", block_weights), ("temperature", temperature)):
+                if not ((tensor > 0) & tensor.isfinite()).all():
+                    wrong = tensor[~((tensor > 0) & tensor.isfinite())][0].item()
+                    raise ValueError(
+                        f"{name} must be positive and finite, received {wrong:g}: learn its logarithm and pass the exp"
+                    )
+            group.check(self.query)
+            if not self.same:
+                group.check(self.key)
+            if displacement is not None:
+                group.check(displacement)
+        self.scale_HK = block_weights / temperature[:, None]
+
+    def _content(
+        self,
+        query: Tensor,
+        content_query: Tensor | None,
+        content_key: Tensor | None,
+        queries_BHN: Tensor | None,
+        keys_BHM: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        if content_query is None and content_key is None:
+            return None
+        if content_query is None or content_key is None:
+            missing = "content_query" if content_query is None else "content_key"
+            raise ValueError(f"a content score needs content_query and content_key, received no {missing}: give both")
+        check_alike(query=query, content_query=content_query, content_key=content_key)
+        shape = (self.batch, self.num_heads, self.num_queries, None)
+        expect_shape("content_query", content_query, shape, "[B, H, N, E]")
+        width = content_query.shape[-1]
+        expect_shape("content_key", content_key, (*shape[:2], self.num_keys, width), "[B, H, M, E]")
+        if queries_BHN is not None:
+            content_query = content_query.masked_fill(~queries_BHN[..., None], 0.0)
+        if keys_BHM is not None:
+            content_key = content_key.masked_fill(~keys_BHM[..., None], 0.0)
+        return content_query, content_key
+
+
+def _tiled(inputs: _Inputs, value: Tensor) -> Tensor:
+    pairs = pair_geometry(inputs.group, inputs.chart)
+    with torch.autocast(value.device.type, enabled=False):
+        query = pairs.pack_query(inputs.query, inputs.displacement)
+        key = None
+        if not inputs.same or inputs.displacement is not None:
+            key = pairs.pack_key(inputs.key)
+            heads = max(query.shape[1], key.shape[1])
+            query, key = query.expand(-1, heads, -1, -1), key.expand(-1, heads, -1, -1)
+        content_query, content_key = inputs.content or (None, None)
+        return tiled_attention(
+            query,
+            key,
+            inputs.scale_HK,
+            value,
+            group=inputs.group,
+            chart=inputs.chart,
+            content_query=content_query,
+            content_key=content_key,
+            mask=inputs.mask,
+            outside=inputs.outside,
+            causal=inputs.causal,
+            check=inputs.check,
+        )
+
+
+def _dense_weights(inputs: _Inputs) -> Tensor:
+    scores_BHNM, allowed_BHNM = _dense_scores(inputs)
+    if inputs.content is not None:
+        content_query, content_key = inputs.content
+        scores_BHNM = scores_BHNM + content_query @ content_key.mT / math.sqrt(content_query.shape[-1])
+    if allowed_BHNM is None:
+        return scores_BHNM.softmax(dim=-1)
+    # A row of −inf only would give NaN: it keeps its finite scores in the softmax and loses its weights after it.
+    empty_BHN1 = ~allowed_BHNM.any(-1, keepdim=True)
+    scores_BHNM = scores_BHNM.masked_fill(~(allowed_BHNM | empty_BHN1), -math.inf)
+    return scores_BHNM.softmax(dim=-1).masked_fill(empty_BHN1, 0.0)
+
+
+def _dense_scores(inputs: _Inputs) -> tuple[Tensor, Tensor | None]:
     """Scores [B, H, N, M], 0 for the pairs that are not allowed; and the pairs that are, None for all."""
-    expect_choice(f"chart of {group}", chart, group.charts)
-    expect_choice("outside", outside, get_args(Outside))
-    check = check and not torch.compiler.is_compiling()
-    num_heads = _num_heads(block_weights_HK, group)
-    check_alike(
-        query=query, key=key, block_weights=block_weights_HK, temperature=temperature_H, displacement=displacement_Hmm
-    )
-    expect_shape("temperature", temperature_H, (num_heads,), "[H]")
-    expect_displacement(displacement_Hmm, num_heads, group)
-    query_BHNmm, key_BHMmm = pose_heads(query, key, group, num_heads)
-    if allowed_BHNM is not None:  # whatever stands where nobody looks becomes the identity
-        query_BHNmm = replace_poses(query_BHNmm, allowed_BHNM.any(-1), group)
-        key_BHMmm = replace_poses(key_BHMmm, allowed_BHNM.any(-2), group)
-    if check:
-        for name, tensor in (("block_weights", block_weights_HK), ("temperature", temperature_H)):
-            if not ((tensor > 0) & tensor.isfinite()).all():
-                wrong = tensor[~((tensor > 0) & tensor.isfinite())][0].item()
-                raise ValueError(
-                    f"{name} must be positive and finite, received {wrong:g}: learn its logarithm and pass the exp"
-                )
-        group.check(query_BHNmm)
-        group.check(key_BHMmm)
-        if displacement_Hmm is not None:
-            group.check(displacement_Hmm)
-
-    with torch.autocast(query.device.type, enabled=False):  # low precision would lose the small rotations
-        relative_BHNMmm = relative_poses(query_BHNmm, key_BHMmm, group, displacement_Hmm)
+    group, chart, scale_HK = inputs.group, inputs.chart, inputs.scale_HK
+    allowed_BHNM = _allowed(inputs.mask, inputs.causal, inputs.num_queries, inputs.num_keys, scale_HK.device)
+    with torch.autocast(scale_HK.device.type, enabled=False):  # low precision would lose the small rotations
+        relative_BHNMmm = relative_poses(inputs.query, inputs.key, group, inputs.displacement)
         inside_BHNM = group.in_chart(relative_BHNMmm, chart=chart)
         invalid_BHNM = None
-        if outside == "mask":
+        if inputs.outside == "mask":
             allowed_BHNM = inside_BHNM if allowed_BHNM is None else allowed_BHNM & inside_BHNM
-        elif check:
+        elif inputs.check:
             expect_inside(inside_BHNM, allowed_BHNM, group, chart, 'outside="mask" to leave them out')
         else:
             invalid_BHNM = ~inside_BHNM if allowed_BHNM is None else ~inside_BHNM & allowed_BHNM
         relative_BHNMmm = replace_poses(relative_BHNMmm, allowed_BHNM, group)
         norms_BHNMK = group.log_block_norms(relative_BHNMmm, chart=chart, check=False)
         # One product a block, not a matrix product, whose precision (TF32) is the user's to lower.
-        scale_HK = block_weights_HK / temperature_H[:, None]
         terms = (norms_BHNMK[..., k] * scale_HK[:, None, None, k] for k in range(scale_HK.shape[1]))
         scores_BHNM = -sum(terms, start=norms_BHNMK.new_zeros(()))
         if invalid_BHNM is not None:
@@ -244,27 +306,63 @@ def _scores(
     return scores_BHNM, allowed_BHNM
 
 
-def _num_heads(block_weights: Tensor, group: Group) -> int:
-    expect_shape("block_weights", block_weights, (None, len(group.blocks)), f"[H, blocks of {group}]")
-    return block_weights.shape[0]
+class _TangentGradient(torch.autograd.Function):
+    """The identity on poses, whose gradient is brought to the tangent space of the group."""
+
+    @staticmethod
+    def forward(ctx, poses: Tensor, group: Group) -> Tensor:
+        ctx.save_for_backward(poses)
+        ctx.group = group
+        return poses.view_as(poses)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        (poses,) = ctx.saved_tensors
+        return ctx.group.project_tangent(poses, grads[0]), None
 
 
-def _allowed(
-    batch: int, num_heads: int, num_queries: int, num_keys: int, mask: Tensor | None, causal: bool, device: torch.device
-) -> Tensor | None:
+def _along(poses: Tensor, group: Group) -> Tensor:
+    return _TangentGradient.apply(poses, group) if poses.requires_grad else poses
+
+
+def _looked_at(
+    mask: Tensor | None, causal: bool, num_queries: int, num_keys: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which queries may attend something, bool [B or 1, H or 1, N or 1], and which keys are attended; None for all."""
+    shift = num_keys - num_queries
+    if mask is None:
+        queries = torch.arange(num_queries, device=device)[None, None] + shift >= 0 if causal and shift < 0 else None
+        return queries, None
+    if causal and mask.shape[2] == num_queries:
+        mask = mask & _past(num_queries, num_keys, mask.device)
+    elif causal:
+        last = torch.arange(num_queries, device=device) + shift
+        some = mask[:, :, 0].cummax(-1).values[..., last.clamp(min=0)]
+        return some & (last >= 0), mask.any(-2)
+    return mask.any(-1), mask.any(-2)
+
+
+def _past(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+
+
+def _expect_mask(mask: Tensor | None, full: tuple[int, int, int, int]) -> None:
+    if mask is None:
+        return
+    fits = mask.ndim == 4 and all(a in (1, b) for a, b in zip(mask.shape, full)) and mask.shape[-1] == full[-1]
+    if mask.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"mask must be bool [B or 1, H or 1, N or 1, M] for [B, H, N, M] = {list(full)}, received "
+            f"{mask.dtype} {list(mask.shape)}: true is where a query may attend; a padding mask [B, M] is "
+            "mask[:, None, None, :]"
+        )
+
+
+def _allowed(mask: Tensor | None, causal: bool, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
     """Which pairs may attend, bool [B or 1, H or 1, N or 1, M]; None for all."""
-    if mask is not None:
-        full = (batch, num_heads, num_queries, num_keys)
-        fits = mask.ndim == 4 and all(a in (1, b) for a, b in zip(mask.shape, full)) and mask.shape[-1] == num_keys
-        if mask.dtype != torch.bool or not fits:
-            raise ValueError(
-                f"mask must be bool [B or 1, H or 1, N or 1, M] for [B, H, N, M] = {list(full)}, received "
-                f"{mask.dtype} {list(mask.shape)}: true is where a query may attend; a padding mask [B, M] is "
-                "mask[:, None, None, :]"
-            )
     if not causal:
         return mask
-    past_NM = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    past_NM = _past(num_queries, num_keys, device)
     return past_NM[None, None] if mask is None else mask & past_NM
 
 
@@ -326,11 +424,7 @@ def expect_inside(inside: Tensor, looked_at: Tensor | None, group: Group, chart:
     count = int(wrong.sum())
     if count:
         total = wrong.numel() if looked_at is None else int(looked_at.expand_as(wrong).sum())
-        if chart != "polar" and "polar" in group.charts:
-            advice = f'chart="polar" or {advice}'
-        raise ValueError(
-            f"relative poses must lie in the {chart} chart of {group}, {count} of {total} pairs do not: use {advice}"
-        )
+        raise ValueError(outside_message(count, total, group, chart, advice))
 
 
 def check_alike(**tensors: Tensor | None) -> None:

@@ -143,6 +143,15 @@ class Rotations(Linear):
         scale = torch.randn(*batch, 1, 1, generator=generator, dtype=dtype, device=device)
         return (scale / 2).exp() * rotation
 
+    def project_tangent(self, g: Tensor, x: Tensor) -> Tensor:
+        self._require_elements(g)
+        seen = matmul(g.mT, x)
+        if not self._scaled:
+            return matmul(g, (seen - seen.mT) / 2)
+        square = g.square().sum((-2, -1), keepdim=True) / self.point_dim
+        trace = seen.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        return matmul(g, (seen - seen.mT) / 2 + trace * eye_like(g)) / square
+
     def project(self, matrix: Tensor) -> Tensor:
         """The nearest (scaled) rotation, by the singular value decomposition: [..., n, n], detached."""
         self._require_elements(matrix)
@@ -275,6 +284,11 @@ class GeneralLinear(Linear):
         xi = torch.randn(*batch, self.dim, generator=generator, dtype=dtype, device=device) / 2
         length = self.block_norms(xi).sum(-1, keepdim=True).sqrt()
         return self.exp(xi * (3 / length).clamp(max=1))
+
+    def project_tangent(self, g: Tensor, x: Tensor) -> Tensor:
+        """x itself: all matrices are tangent."""
+        self._require_elements(g)
+        return x
 
     def project(self, matrix: Tensor) -> Tensor:
         """The matrix itself, which must be invertible: [..., n, n], detached."""

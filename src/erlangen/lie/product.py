@@ -104,6 +104,10 @@ class Product(Group):
         moved = [group.act(x, p) for group, x, p in zip(self.factors, self.split(g), parts)]
         return torch.cat(moved, -1)
 
+    def project_tangent(self, g: Tensor, x: Tensor) -> Tensor:
+        parts = zip(self.factors, self.split(g), self.split(x))
+        return self.assemble(*(group.project_tangent(a, b) for group, a, b in parts))
+
     def project(self, matrix: Tensor) -> Tensor:
         """The nearest element of each factor to its diagonal block: [..., m, m], detached."""
         self._require_elements(matrix)

@@ -1,0 +1,508 @@
+"""Squared block norms of log(g_i⁻¹ g_j) for all pairs of a tile, and their gradients, written out by hand.
+
+What `_tiled` needs of a group. A geometry packs poses into a few numbers each (in plain, differentiable operations,
+once a pose), and from those computes, for a tile of pairs, an array for each block of the algebra and the gradient
+that comes back through it. Differences of translations are taken pair by pair: expanding |t_i − t_j|² into products
+loses all digits of float32 far from the origin.
+
+The formulas, with θ the angle of the relative rotation and d = t_j − t_i:
+
+- SO(2), SE(2): θ is the difference of two angles, wrapped; ‖rotation‖² = 2 θ², ‖translation‖² = G |d|² with
+  G = (θ/2)² / sin²(θ/2).
+- SO(3), SE(3): (w, m) = q_j q_i* of the unit quaternions, y = 2 sin²(θ/4) = |m|² / (1 + |w|), in [0, 1], and
+  2 asin²(√(y/2)) = y (1 + y Q(y)), so that ‖rotation‖² = 16 y (1 + y Q); ‖translation‖² = G |d|² − H (m·d)² with
+  G = 2 (1 + y Q)/(2 − y) and H = (G − 1)/|m|² = (1 + 2 Q)/(2 − y)². All of it is smooth on [0, π].
+
+Q and G are polynomials, Chebyshev interpolants on the whole interval, to rounding of the dtype. Any other group goes
+through its own logarithm, differentiated by `torch.func.vjp` tile by tile: slower, and as frugal with memory.
+
+Shape suffixes: B batch, G heads of the geometry (1 where they share it, the same for queries and keys), P numbers a
+pose, Q and K queries and keys of a
+tile. Numbers come before poses, [B, G, P, N], so that a row of a tile is contiguous.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _quaternion
+from ._base import Group
+from .affine import Affine, Translation
+from .linear import Rotations
+from .product import Product
+
+
+class PairGeometry(ABC):
+    """The pairwise norms of one group in one chart.
+
+    Attributes:
+        factors: what ``norms`` leaves out: the squared norm of block k is factors[k] times its array.
+        sizes: P of a pose, and of a query with a displacement.
+        tile: how many poses on a side of a tile use the caches well.
+        is_fast: whether the formulas are written out; then all relative poses are in the chart.
+    """
+
+    factors: tuple[float, ...]
+    sizes: tuple[int, int]
+    tile = 256
+    is_fast = True
+
+    @abstractmethod
+    def pack_query(self, pose: Tensor, displacement: Tensor | None) -> Tensor:
+        """[B, G, N, m, m], and [H, m, m] or None -> [B, G or H, P, N]. Differentiable."""
+
+    @abstractmethod
+    def pack_key(self, pose: Tensor) -> Tensor:
+        """[B, G, M, m, m] -> [B, G, P, M]; that of a query without displacement. Differentiable."""
+
+    def block(self, packed: Tensor, axis: int) -> Any:
+        """Some packed poses [B, G, P, n] in the form that ``norms`` takes: queries for axis −1, keys for axis −2."""
+        return Block(packed, axis)
+
+    @abstractmethod
+    def norms(self, query: Any, key: Any, room: "Room") -> tuple[list[Tensor], tuple]:
+        """An array [B, G, Q, K] for each block of the algebra, and what ``vjp`` needs, which is of use only if the room
+        was cleared to keep it. All of it lives until the room is cleared again.
+        """
+
+    @abstractmethod
+    def vjp(self, saved: tuple, grads: list[Tensor], room: "Room") -> tuple[Tensor, Tensor]:
+        """Gradients of the packed queries and keys, given those of the arrays. It overwrites what was saved."""
+
+    def inside(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether each pair is in the chart, bool [B, G, Q, K]; only where not ``is_fast``."""
+        raise NotImplementedError
+
+
+class Block:
+    """Packed poses, number by number: of queries [B, G, n, 1], of keys [B, G, 1, n]."""
+
+    def __init__(self, packed: Tensor, axis: int) -> None:
+        self.packed = packed
+        self.numbers = [x.unsqueeze(axis) for x in packed.unbind(-2)]
+
+
+class Room:
+    """Memory for the arrays of one tile, used again for the next.
+
+    The allocator would give a large array back to the system each time, and touching its pages anew takes longer than
+    the arithmetic does; and the fewer arrays are in use, the more of them stay in the cache.
+    """
+
+    def __init__(self) -> None:
+        self._all: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def clear(self, like: Tensor, shape: tuple[int, ...], keep: bool) -> None:
+        """Start anew, with arrays of this shape. Without ``keep``, what is let go is used again within the tile."""
+        if shape not in self._all:
+            self._all = {s: arrays for s, arrays in self._all.items() if len(self._all) < 4} | {shape: []}
+        self._like, self._shape, self._keep = like, shape, keep
+        self._mine = self._all[shape]
+        self._free = self._mine[::-1]
+
+    def __call__(self) -> Tensor:
+        """An array [B, G, Q, K] of unspecified contents."""
+        if not self._free:
+            self._mine.append(self._like.new_empty(self._shape))
+            return self._mine[-1]
+        return self._free.pop()
+
+    def let_go(self, *arrays: Tensor) -> None:
+        """Say that ``norms`` needs these no longer; `vjp` may."""
+        if not self._keep:
+            self._free.extend(arrays)
+
+
+def pair_geometry(group: Group, chart: str) -> PairGeometry:
+    """The geometry of a group in a chart."""
+    if isinstance(group, Product):
+        parts = [pair_geometry(factor, c) for factor, c in zip(group.factors, group._each_chart(chart))]
+        if all(part.is_fast for part in parts):
+            return _Product(group, parts)
+    elif chart == "principal":
+        if isinstance(group, Translation):
+            return _Vectors(group.point_dim)
+        linear = group.linear if isinstance(group, Affine) else group
+        if isinstance(linear, Rotations) and not linear._scaled:
+            kind = _Plane if linear.point_dim == 2 else _Space
+            return kind(isinstance(group, Affine))
+    return _ByLogarithm(group, chart)
+
+
+# Translations
+
+
+def _translations(pose: Tensor) -> Tensor:
+    return pose[..., :-1, -1].mT
+
+
+def _displaced(pose: Tensor, displacement: Tensor | None) -> list[Tensor]:
+    """Translations [B, G, n, N], and with a displacement R_i t_c [B, H, n, N] beside them, never added to them: far
+    from the origin it would be rounded away.
+    """
+    here = _translations(pose)
+    if displacement is None:
+        return [here]
+    offset = (pose[..., :-1, :-1] * displacement[:, None, None, :-1, -1]).sum(-1).mT
+    return [here.expand(-1, offset.shape[1], -1, -1), offset]
+
+
+def _differences(query: list[Tensor], key: list[Tensor], room: Room) -> list[Tensor]:
+    """t_j − t_i, less the offset where there is one; each [B, G, Q, K]."""
+    d = [torch.sub(b, a, out=room()) for a, b in zip(query, key)]
+    for x, offset in zip(d, query[len(key) :]):
+        x -= offset
+    return d
+
+
+def _dot(a: list[Tensor], b: list[Tensor], out: Tensor) -> Tensor:
+    torch.mul(a[0], b[0], out=out)
+    for x, y in zip(a[1:], b[1:]):
+        out.addcmul_(x, y)
+    return out
+
+
+def _difference_gradients(grads: list[Tensor], displaced: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of the packed translations, given those of the differences."""
+    to_query = -torch.stack([g.sum(-1) for g in grads], -2)
+    to_key = torch.stack([g.sum(-2) for g in grads], -2)
+    return torch.cat([to_query, to_query], -2) if displaced else to_query, to_key
+
+
+class _Vectors(PairGeometry):
+    """Translation(n): ‖d‖²."""
+
+    factors = (1.0,)
+
+    def __init__(self, n: int) -> None:
+        self.sizes = (n, 2 * n)
+
+    def pack_query(self, pose: Tensor, displacement: Tensor | None) -> Tensor:
+        return torch.cat(_displaced(pose, displacement), -2)
+
+    def pack_key(self, pose: Tensor) -> Tensor:
+        return _translations(pose)
+
+    def norms(self, query: Block, key: Block, room: Room) -> tuple[list[Tensor], tuple]:
+        d = _differences(query.numbers, key.numbers, room)
+        return [_dot(d, d, room())], (d, len(query.numbers) > len(d))
+
+    def vjp(self, saved: tuple, grads: list[Tensor], room: Room) -> tuple[Tensor, Tensor]:
+        d, displaced = saved
+        twice = torch.mul(grads[0], 2, out=room())
+        return _difference_gradients([x.mul_(twice) for x in d], displaced)
+
+
+# Polynomials
+
+
+def _nodes(degree: int, high: float) -> np.ndarray:
+    return high / 2 * (1 + np.polynomial.chebyshev.chebpts1(degree + 1))
+
+
+def _with_derivative(values: np.ndarray, nodes: np.ndarray, high: float, like: Tensor) -> tuple[list[Tensor], ...]:
+    """Coefficients of the interpolant and of its derivative, as tensors [] of the dtype and on the device."""
+    fit = np.polynomial.Chebyshev.fit(nodes, values, len(nodes) - 1, domain=[0, high])
+    coefficients = fit.convert(kind=np.polynomial.Polynomial).coef
+    return tuple(
+        [like.new_tensor(c) for c in cs] for cs in (coefficients, np.polynomial.polynomial.polyder(coefficients))
+    )
+
+
+@cache
+def _plane_polynomial(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], ...]:
+    """G as a polynomial of the squared angle in turns, on [0, 1/4], and its derivative."""
+    nodes = _nodes(7 if dtype == torch.float32 else 15, 0.25)
+    return _with_derivative(np.sinc(np.sqrt(nodes)) ** -2, nodes, 0.25, torch.empty((), dtype=dtype, device=device))
+
+
+@cache
+def _space_polynomial(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], ...]:
+    """Q(y) = (2 asin²(√z)/y − 1)/y, z = y/2, on [0, 1], and its derivative.
+
+    From the series asin²(√z) = ½ Σ_n (4 z)ⁿ / (n² C(2n, n)), n from 1.
+    """
+    series = [2.0**n / (n * n * math.comb(2 * n, n)) for n in range(2, 70)]
+    nodes = _nodes(9 if dtype == torch.float32 else 21, 1.0)
+    values = np.polynomial.polynomial.polyval(nodes, series)
+    return _with_derivative(values, nodes, 1.0, torch.empty((), dtype=dtype, device=device))
+
+
+def _evaluate(coefficients: list[Tensor], x: Tensor, out: Tensor) -> Tensor:
+    """The polynomial by Horner's scheme, one pass over the tile a coefficient."""
+    torch.addcmul(coefficients[-2], x, coefficients[-1], out=out)
+    for c in reversed(coefficients[:-2]):
+        torch.addcmul(c, out, x, out=out)
+    return out
+
+
+# Rotations
+
+
+class _Plane(PairGeometry):
+    """SO(2) and SE(2)."""
+
+    def __init__(self, affine: bool) -> None:
+        self.affine = affine
+        self.factors = (8 * math.pi**2, 1.0) if affine else (8 * math.pi**2,)
+        self.sizes = (3, 5) if affine else (1, 1)
+
+    def _turns(self, pose: Tensor) -> Tensor:
+        sine, cosine = pose[..., 1, 0] - pose[..., 0, 1], pose[..., 0, 0] + pose[..., 1, 1]
+        return (torch.atan2(sine, cosine) / (2 * math.pi))[..., None, :]
+
+    def pack_query(self, pose: Tensor, displacement: Tensor | None) -> Tensor:
+        turns = self._turns(pose)
+        if displacement is not None:
+            turns = turns + self._turns(displacement[:, None])
+        return torch.cat([turns, *(_displaced(pose, displacement) if self.affine else ())], -2)
+
+    def pack_key(self, pose: Tensor) -> Tensor:
+        return torch.cat([self._turns(pose), *([_translations(pose)] if self.affine else ())], -2)
+
+    def norms(self, query: Block, key: Block, room: Room) -> tuple[list[Tensor], tuple]:
+        turn = torch.sub(key.numbers[0], query.numbers[0], out=room())
+        x = torch.round(turn, out=room())
+        turn.sub_(x)
+        torch.mul(turn, turn, out=x)
+        room.let_go(turn)
+        if not self.affine:
+            return [x], (turn,)
+        d = _differences(query.numbers[1:], key.numbers[1:], room)
+        square = _dot(d, d, room())
+        room.let_go(*d)
+        stretch = _evaluate(_plane_polynomial(x.dtype, x.device)[0], x, room())
+        return [x, torch.mul(square, stretch, out=room())], (turn, x, d, square, stretch, len(query.numbers) > 3)
+
+    def vjp(self, saved: tuple, grads: list[Tensor], room: Room) -> tuple[Tensor, Tensor]:
+        turn, *rest = saved
+        if not self.affine:
+            grad_turn = turn.mul_(grads[0]).mul_(2)
+            return -grad_turn.sum(-1)[..., None, :], grad_turn.sum(-2)[..., None, :]
+        x, d, square, stretch, displaced = rest
+        slope = _evaluate(_plane_polynomial(turn.dtype, turn.device)[1], x, room())
+        grad_x = torch.addcmul(grads[0], square.mul_(grads[1]), slope, out=square)
+        twice = stretch.mul_(grads[1]).mul_(2)
+        to_query, to_key = _difference_gradients([c.mul_(twice) for c in d], displaced)
+        grad_turn = turn.mul_(grad_x).mul_(2)
+        return (
+            torch.cat([-grad_turn.sum(-1)[..., None, :], to_query], -2),
+            torch.cat([grad_turn.sum(-2)[..., None, :], to_key], -2),
+        )
+
+
+# The matrix of q ↦ q q_i*, row by row, made of the coordinates of q_i (w, x, y, z), and their signs.
+_COORDINATES = torch.tensor([0, 1, 2, 3, 1, 0, 3, 2, 2, 3, 0, 1, 3, 2, 1, 0])
+_SIGNS = torch.tensor([1.0, 1, 1, 1, -1, 1, -1, 1, -1, 1, 1, -1, -1, -1, 1, 1])
+
+
+class _Space(PairGeometry):
+    """SO(3) and SE(3)."""
+
+    def __init__(self, affine: bool) -> None:
+        self.affine = affine
+        self.factors = (16.0, 2.0) if affine else (16.0,)
+        self.sizes = (7, 10) if affine else (4, 4)
+
+    def _quaternions(self, pose: Tensor) -> Tensor:
+        return _quaternion.from_matrix(pose[..., :3, :3])
+
+    def pack_query(self, pose: Tensor, displacement: Tensor | None) -> Tensor:
+        q = self._quaternions(pose)
+        if displacement is not None:
+            q = _quaternion.multiply(q, self._quaternions(displacement)[:, None])
+            q = q / q.norm(dim=-1, keepdim=True)
+        return torch.cat([q.mT, *(_displaced(pose, displacement) if self.affine else ())], -2)
+
+    def pack_key(self, pose: Tensor) -> Tensor:
+        return torch.cat([self._quaternions(pose).mT, *([_translations(pose)] if self.affine else ())], -2)
+
+    def block(self, packed: Tensor, axis: int) -> "_SpaceBlock":
+        return _SpaceBlock(packed, axis)
+
+    def norms(self, query: "_SpaceBlock", key: "_SpaceBlock", room: Room) -> tuple[list[Tensor], tuple]:
+        w, *m = (_exact_product(row, key.quaternions, room()) for row in query.rows)
+        y = _dot(m, m, room())
+        cosine = torch.abs(w, out=room()).add_(1)
+        room.let_go(w)
+        y.div_(cosine)
+        room.let_go(cosine)
+        q = _evaluate(_space_polynomial(y.dtype, y.device)[0], y, room())
+        ratio = torch.addcmul(query.one, y, q, out=room())
+        saved = (query, key, w, m, cosine, y, q, ratio)
+        rotation = torch.mul(y, ratio, out=room())
+        if not self.affine:
+            return [rotation], saved
+        d = _differences(query.numbers[4:], key.numbers[4:], room)
+        square, along = _dot(d, d, room()), _dot(m, d, room())
+        room.let_go(*m, *d)
+        rest = torch.sub(query.two, y, out=room()).reciprocal_()
+        stretch = torch.mul(ratio, rest, out=room())
+        bend = torch.add(q, 0.5, out=room()).mul_(rest).mul_(rest)
+        translation = torch.mul(along, along, out=room()).mul_(bend)
+        torch.addcmul(translation.neg_(), square, stretch, out=translation)
+        return [rotation, translation], (*saved, d, square, along, rest, stretch, bend)
+
+    def vjp(self, saved: tuple, grads: list[Tensor], room: Room) -> tuple[Tensor, Tensor]:
+        query, key, w, m, cosine, y, q, ratio, *more = saved
+        d: list[Tensor] = []
+        grad_d: list[Tensor] = []
+        grad_along = y
+        slope = _evaluate(_space_polynomial(y.dtype, y.device)[1], y, room())
+        bent = q.addcmul_(y, slope)  # Q + y Q', the derivative of ratio
+        grad_y = torch.addcmul(ratio, y, bent, out=room()).mul_(grads[0])
+        if self.affine:
+            d, square, along, rest, stretch, bend = more
+            grad = grads[1]
+            # of stretch = ratio/(2 − y) and bend = (Q + ½)/(2 − y)², times rest = 1/(2 − y) in turn
+            bent.addcmul_(ratio, rest).mul_(rest)
+            grad_y.addcmul_(square.mul_(grad), bent)
+            slope.mul_(rest).mul_(rest).addcmul_(bend, rest, value=2)
+            grad_y.addcmul_(torch.mul(along, along, out=square).mul_(grad), slope, value=-1)
+            grad_along = along.mul_(bend).mul_(grad).mul_(-2)
+            twice = stretch.mul_(grad).mul_(2)
+            grad_d = [torch.mul(x, twice, out=room()).addcmul_(z, grad_along) for x, z in zip(d, m)]
+        grad_y.div_(cosine)  # cosine holds 1 + |w|, and y = |m|²/(1 + |w|)
+        grad_w = w.sign_().mul_(grad_y).mul_(y).neg_()
+        grad_y.mul_(2)
+        grad_m = [x.mul_(grad_y) for x in m]
+        for x, z in zip(grad_m, d):
+            x.addcmul_(z, grad_along)
+        to_query, to_key = query.quaternion_gradients([grad_w, *grad_m], key)
+        if not self.affine:
+            return to_query, to_key
+        query_t, key_t = _difference_gradients(grad_d, len(query.numbers) > 7)
+        return torch.cat([to_query, query_t], -2), torch.cat([to_key, key_t], -2)
+
+
+class _SpaceBlock(Block):
+    """Packed poses in space, with the matrices of q ↦ q q_i* where they are queries: a row of each, [B, G, Q, 4]."""
+
+    def __init__(self, packed: Tensor, axis: int) -> None:
+        super().__init__(packed, axis)
+        self.quaternions = packed[..., :4, :].contiguous()
+        if axis == -1:
+            self.coordinates, self.signs = _COORDINATES.to(packed.device), _SIGNS.to(packed)[:, None]
+            entries = packed.index_select(-2, self.coordinates) * self.signs
+            self.rows = [row.mT.contiguous() for row in entries.unflatten(-2, (4, 4)).unbind(-3)]
+            self.one, self.two = packed.new_ones(()), packed.new_full((), 2.0)
+
+    def quaternion_gradients(self, grads: list[Tensor], key: Block) -> tuple[Tensor, Tensor]:
+        """Gradients of the quaternions of queries and keys, given those of (w, m)."""
+        keys = key.packed[..., :4, :].mT
+        to_rows = torch.stack([(grad @ keys).mT for grad in grads], -3).flatten(-3, -2) * self.signs
+        to_query = torch.zeros_like(self.packed[..., :4, :]).index_add_(-2, self.coordinates, to_rows)
+        return to_query, torch.stack([row.mT @ grad for row, grad in zip(self.rows, grads)]).sum(0)
+
+
+def _exact_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a b of short rows, [..., Q, 4] and [..., 4, K]; term by term where matrix products may be of low precision."""
+    if torch.get_float32_matmul_precision() == "highest" and a.device.type == "cpu":
+        return torch.matmul(a, b, out=out)
+    torch.mul(a[..., 0, None], b[..., None, 0, :], out=out)
+    for c in range(1, a.shape[-1]):
+        out.addcmul_(a[..., c, None], b[..., None, c, :])
+    return out
+
+
+# Compositions
+
+
+class _Product(PairGeometry):
+    """Products of groups with formulas of their own."""
+
+    def __init__(self, group: Product, parts: list[PairGeometry]) -> None:
+        self.group, self.parts = group, parts
+        self.factors = tuple(f for part in parts for f in part.factors)
+        plain, displaced = zip(*(part.sizes for part in parts))
+        self.sizes = (sum(plain), sum(displaced))
+
+    def _split(self, packed: Tensor) -> tuple[Tensor, ...]:
+        which = self.sizes.index(packed.shape[-2])
+        return packed.split([part.sizes[which] for part in self.parts], -2)
+
+    def pack_query(self, pose: Tensor, displacement: Tensor | None) -> Tensor:
+        moved = [None] * len(self.parts) if displacement is None else self.group.split(displacement)
+        packed = [g.pack_query(p, c) for g, p, c in zip(self.parts, self.group.split(pose), moved)]
+        return torch.cat(packed, -2)
+
+    def pack_key(self, pose: Tensor) -> Tensor:
+        return torch.cat([g.pack_key(p) for g, p in zip(self.parts, self.group.split(pose))], -2)
+
+    def block(self, packed: Tensor, axis: int) -> list[Any]:
+        return [part.block(numbers, axis) for part, numbers in zip(self.parts, self._split(packed))]
+
+    def norms(self, query: list[Any], key: list[Any], room: Room) -> tuple[list[Tensor], tuple]:
+        arrays, saved = [], []
+        for part, a, b in zip(self.parts, query, key):
+            some, kept = part.norms(a, b, room)
+            arrays += some
+            saved.append(kept)
+        return arrays, tuple(saved)
+
+    def vjp(self, saved: tuple, grads: list[Tensor], room: Room) -> tuple[Tensor, Tensor]:
+        to_query, to_key, start = [], [], 0
+        for part, kept in zip(self.parts, saved):
+            end = start + len(part.factors)
+            a, b = part.vjp(kept, grads[start:end], room)
+            to_query.append(a)
+            to_key.append(b)
+            start = end
+        return torch.cat(to_query, -2), torch.cat(to_key, -2)
+
+
+class _ByLogarithm(PairGeometry):
+    """Any group, through its own logarithm."""
+
+    tile = 128
+    is_fast = False
+
+    def __init__(self, group: Group, chart: str) -> None:
+        self.group, self.chart = group, chart
+        self.factors = (1.0,) * len(group.blocks)
+        self.sizes = (group.matrix_size**2, 2 * group.matrix_size**2)
+
+    def pack_query(self, pose: Tensor, displacement: Tensor | None) -> Tensor:
+        packed = self.pack_key(pose)
+        if displacement is None:
+            return packed
+        inverse = self.pack_key(self.group.inverse(displacement)[None, :, None])
+        num_heads, num = inverse.shape[1], packed.shape[-1]
+        return torch.cat([packed.expand(-1, num_heads, -1, -1), inverse.expand(len(packed), -1, -1, num)], -2)
+
+    def pack_key(self, pose: Tensor) -> Tensor:
+        return pose.flatten(-2).mT
+
+    def block(self, packed: Tensor, axis: int) -> Tensor:
+        return packed
+
+    def _relative(self, query: Tensor, key: Tensor) -> Tensor:
+        m = self.group.matrix_size
+        poses = query.mT.unflatten(-1, (-1, m, m))
+        relative = self.group.relative(poses[..., :, None, 0, :, :], key.mT.unflatten(-1, (m, m))[..., None, :, :, :])
+        return relative if poses.shape[-3] == 1 else self.group.compose(poses[..., :, None, 1, :, :], relative)
+
+    def inside(self, query: Tensor, key: Tensor) -> Tensor:
+        return self.group.in_chart(self._relative(query, key), chart=self.chart)
+
+    def _norms(self, query: Tensor, key: Tensor, inside: Tensor) -> Tensor:
+        relative = self._relative(query, key)
+        eye = self.group.identity(dtype=relative.dtype, device=relative.device)
+        return self.group.log_block_norms(
+            torch.where(inside[..., None, None], relative, eye), chart=self.chart, check=False
+        )
+
+    def norms(self, query: Tensor, key: Tensor, room: Room) -> tuple[list[Tensor], tuple]:
+        norms = self._norms(query, key, self.inside(query, key))
+        return list(norms.unbind(-1)), (query, key)
+
+    def vjp(self, saved: tuple, grads: list[Tensor], room: Room) -> tuple[Tensor, Tensor]:
+        query, key = saved
+        inside = self.inside(query, key)
+        pull = torch.func.vjp(lambda a, b: self._norms(a, b, inside), query, key)[1]
+        return pull(torch.stack(grads, -1))

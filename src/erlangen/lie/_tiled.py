@@ -1,0 +1,509 @@
+"""Lie attention in linear memory: tiles of pairs, recomputed in the backward pass, as one operator of torch.
+
+Forward and backward walk over tiles of queries × keys. In each the geometry of the pairs is computed once for all
+heads that share their poses (`_geometry`), turned into weights, used, and dropped: nothing of size N × M is ever kept,
+besides a mask that the caller brings. As in FlashAttention (Dao et al., arXiv 2205.14135) the backward pass needs the
+logarithm of each row's normaliser only. What is different for a proximity kernel:
+
+- Scores without content are at most 0, and 0 where a pose meets itself. So weights exp(s) need no maximum of the row:
+  if a row's sum comes out too small to be trusted, that block of rows is done again with a running maximum.
+- Where queries are the keys the scores are symmetric: a tile serves its transpose too, which halves everything but the
+  products with the values; and the two products of the backward pass become one of twice the inner length.
+
+Weights below exp(−80) of the largest possible (exp(−650) in float64) count as that, far below any rounding: denormal
+numbers, and the exponential of −∞, are many times slower.
+
+Shape suffixes: B batch, H heads, G heads of the geometry, N queries, M keys, D width of a value, K blocks of the
+algebra, P numbers a packed pose. Inside of a tile batch and heads are one axis.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._base import Group, outside_message
+from ._geometry import Room, pair_geometry
+from .groups import parse
+
+_ELEMENTS = 1 << 19  # of the weights of a tile
+
+
+class _Limits(NamedTuple):
+    negligible: float  # no score is taken to be below this
+    trusted: float  # the smallest logarithm of a sum of weights exp(s) that they cannot have spoilt
+
+
+_LIMITS = {torch.float32: _Limits(-80.0, -46.0), torch.float64: _Limits(-650.0, -460.0)}
+
+
+class _Tiles:
+    """One call: its tensors, and the tiles that they fall into."""
+
+    def __init__(
+        self,
+        query_BGPN: Tensor,
+        key_BGPM: Tensor | None,
+        scale_HK: Tensor,
+        value_BHMD: Tensor,
+        content_query: Tensor | None,
+        content_key: Tensor | None,
+        mask: Tensor | None,
+        group: str,
+        chart: str,
+        outside: str,
+        causal: bool,
+        check: bool,
+    ) -> None:
+        self.group, self.chart, self.outside, self.check = parse(group), chart, outside, check
+        self.geometry = pair_geometry(self.group, chart)
+        self.query, self.key = query_BGPN, query_BGPN if key_BGPM is None else key_BGPM
+        self.batch, self.num_heads, self.num_keys, self.width = value_BHMD.shape
+        self.num_queries = query_BGPN.shape[-1]
+        self.scale, self.slopes = scale_HK, (-scale_HK).T[..., None, None]
+        self.room = Room()
+        self._prepared: dict[tuple[int, int, int], Any] = {}
+        self.weight_rooms: dict[int, Tensor] = {}
+        self.value = value_BHMD.flatten(0, 1)
+        self.content = None
+        if content_query is not None and content_key is not None:
+            root = content_query.shape[-1] ** -0.5
+            self.content = (content_query.flatten(0, 1) * root, content_key.flatten(0, 1), root)
+        self.causal = causal
+        # A mask of keys only goes into the values and the sums, any other is applied to the weights.
+        self.mask, self.symmetric = mask, False
+        self.kept = None
+        if key_BGPM is None and not causal and self.content is None and self.geometry.is_fast:
+            if mask is None:
+                self.symmetric = True
+            elif mask.shape[1] == mask.shape[2] == 1:
+                self.symmetric = True
+                kept = mask[:, 0, 0].to(value_BHMD.dtype).expand(self.batch, -1)
+                self.kept = kept.repeat_interleave(self.num_heads, 0)[..., None]  # [B·H, M, 1]
+        self.limits = _LIMITS[value_BHMD.dtype]
+        self.side = self.geometry.tile if query_BGPN.shape[1] == 1 else min(self.geometry.tile, 128)
+        tile = self.num_heads * min(self.side, self.num_queries) * min(self.side, self.num_keys)
+        self.batch_step = max(1, _ELEMENTS // max(1, tile))
+
+    def batches(self) -> Iterator[slice]:
+        for start in range(0, self.batch, self.batch_step):
+            yield slice(start, min(start + self.batch_step, self.batch))
+
+    def flat(self, batch: slice) -> slice:
+        """The same part of a tensor whose batch and heads are one axis."""
+        return slice(batch.start * self.num_heads, batch.stop * self.num_heads)
+
+    def blocks(self, size: int, start: int = 0) -> list[slice]:
+        return [slice(a, min(a + self.side, size)) for a in range(start, size, self.side)]
+
+    def cut(self, tensor: Tensor) -> list[Tensor]:
+        """The blocks of [b·H, N, ...], each contiguous: products with strided ones go head by head."""
+        return [tensor[:, block].contiguous() for block in self.blocks(tensor.shape[1])]
+
+    def columns(self, rows: slice) -> list[slice]:
+        """The blocks of keys that some query of the rows may see."""
+        last = rows.stop + self.num_keys - self.num_queries if self.causal else self.num_keys
+        return [block for block in self.blocks(self.num_keys) if block.start < last]
+
+    def norms(self, batch: slice, rows: slice, columns: slice, *, keep: bool = False) -> tuple[list[Tensor], tuple]:
+        """Those of `PairGeometry.norms`; the room is cleared for them."""
+        query = self._block(self.query, batch, rows, -1)
+        key = self._block(self.key, batch, columns, -2)
+        sizes = [part.stop - part.start for part in (batch, rows, columns)]
+        self.room.clear(self.value, (sizes[0], self.query.shape[1], *sizes[1:]), keep)
+        return self.geometry.norms(query, key, self.room)
+
+    def _block(self, packed: Tensor, batch: slice, part: slice, axis: int) -> Any:
+        name = (batch.start, part.start, axis)
+        if name not in self._prepared:
+            self._prepared[name] = self.geometry.block(packed[batch, ..., part], axis)
+        return self._prepared[name]
+
+    def scores(self, arrays: list[Tensor]) -> Tensor:
+        """−Σ_k scale[h, k] arrays[k], [b·H, q, k]; lives until the next call."""
+        first, *rest = self.slopes
+        batch, _, *tile = arrays[0].shape
+        result = self.weight_room(0, batch, self.num_heads, *tile)
+        torch.mul(arrays[0], first, out=result)
+        for slope, array in zip(rest, arrays[1:]):
+            result.addcmul_(array, slope)
+        return result.flatten(0, 1)
+
+    def weight_room(self, which: int, *shape: int) -> Tensor:
+        """Memory for the weights of a tile, as `Room` for the geometry."""
+        size = math.prod(shape)
+        if which not in self.weight_rooms or self.weight_rooms[which].numel() < size:
+            self.weight_rooms[which] = self.value.new_empty(size)
+        return self.weight_rooms[which][:size].view(shape)
+
+    def add_content(self, scores: Tensor, batch: slice, rows: slice, columns: slice) -> None:
+        if self.content is not None:
+            flat = self.flat(batch)
+            scores.baddbmm_(self.content[0][flat, rows], self.content[1][flat, columns].mT)
+
+    def forbidden(self, batch: slice, rows: slice, columns: slice) -> Tensor | None:
+        """Which pairs may not attend, bool [b, H or 1, q, k]; None for none."""
+        allowed = None
+        if self.mask is not None:
+            mask = self.mask
+            mask = mask[batch] if mask.shape[0] > 1 else mask
+            mask = mask[..., rows, :] if mask.shape[2] > 1 else mask
+            allowed = mask[..., columns]
+        shift = self.num_keys - self.num_queries
+        if self.causal and columns.stop - 1 > rows.start + shift:
+            i = torch.arange(rows.start, rows.stop, device=self.value.device)
+            j = torch.arange(columns.start, columns.stop, device=self.value.device)
+            past = j <= i[:, None] + shift
+            allowed = past[None, None] if allowed is None else allowed & past
+        return None if allowed is None else ~allowed
+
+    def hide(self, weights: Tensor, batch: slice, rows: slice, columns: slice, by: float) -> Tensor:
+        """Put a number, 0 for weights or −inf for scores, where pairs may not attend; NaN where there is no score."""
+        forbidden = self.forbidden(batch, rows, columns)
+        view = weights.unflatten(0, (-1, self.num_heads))
+        if not self.geometry.is_fast:
+            inside = self.geometry.inside(self.query[batch, ..., rows], self.key[batch, ..., columns])
+            if self.outside == "error":
+                view.masked_fill_(~inside, math.nan)
+            else:
+                forbidden = ~inside if forbidden is None else forbidden | ~inside
+        if forbidden is not None:
+            view.masked_fill_(forbidden, by)
+        return weights
+
+    def exp_(self, scores: Tensor) -> Tensor:
+        return scores.clamp_(min=self.limits.negligible).exp_()
+
+    # Forward
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Output [B, H, N, D], and the logarithm of the sum of weights [B, H, N], +inf for a row without any."""
+        if self.check and not self.geometry.is_fast:
+            self.expect_inside()
+        output = self.value.new_empty(len(self.value), self.num_queries, self.width)
+        log_sum = self.value.new_empty(len(self.value), self.num_queries)
+        for batch in self.batches():
+            flat = self.flat(batch)
+            values = self.cut(self.value[flat])
+            if self.symmetric and self._forward_symmetric(batch, values, output[flat], log_sum[flat]):
+                continue
+            for rows in self.blocks(self.num_queries):
+                found = None if self.content is not None else self._forward_rows(batch, rows, values)
+                if found is None:
+                    found = self._forward_rows_with_maximum(batch, rows, values)
+                output[flat, rows], log_sum[flat, rows, None] = found
+        shape = (self.batch, self.num_heads)
+        return output.unflatten(0, shape), log_sum.unflatten(0, shape)
+
+    def _is_trusted(self, log_sum: Tensor) -> bool:
+        return bool((log_sum > self.limits.trusted).all())
+
+    def _forward_symmetric(self, batch: slice, values: list[Tensor], output: Tensor, log_sum: Tensor) -> bool:
+        """Fill output and log_sum; or find that a row has weights too small for this, and return False."""
+        parts = [torch.zeros_like(v) for v in values]
+        totals = [torch.zeros_like(v[..., :1]) for v in values]
+        kept = None if self.kept is None else self.cut(self.kept[self.flat(batch)])
+
+        def add(weights: Tensor, i: int, j: int) -> None:
+            parts[i].baddbmm_(weights, values[j])
+            if kept is None:
+                totals[i].add_(weights.sum(-1, keepdim=True))
+            else:
+                totals[i].baddbmm_(weights, kept[j])
+
+        blocks = self.blocks(self.num_queries)
+        for i, rows in enumerate(blocks):
+            for j, columns in enumerate(blocks[i:], i):
+                weights = self.exp_(self.scores(self.norms(batch, rows, columns)[0]))
+                add(weights, i, j)
+                if j > i:
+                    add(weights.mT, j, i)
+        total = torch.cat(totals, 1)
+        torch.log(total[..., 0], out=log_sum)
+        if not self._is_trusted(log_sum):
+            return False
+        torch.div(torch.cat(parts, 1), total, out=output)
+        return True
+
+    def _forward_rows(self, batch: slice, rows: slice, values: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The output [b·H, q, D], and the logarithm of the sum of weights [b·H, q, 1]; None if it cannot be trusted."""
+        part = self._zeros(batch, rows)
+        total = torch.zeros_like(part[..., :1])
+        for columns, value in zip(self.columns(rows), values):
+            weights = self.exp_(self.scores(self.norms(batch, rows, columns)[0]))
+            self.hide(weights, batch, rows, columns, 0.0)
+            total.add_(weights.sum(-1, keepdim=True))
+            part.baddbmm_(weights, value)
+        log_total = total.log()
+        return (part.div_(total), log_total) if self._is_trusted(log_total) else None
+
+    def _forward_rows_with_maximum(self, batch: slice, rows: slice, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `_forward_rows`, for scores of any size."""
+        part = self._zeros(batch, rows)
+        total = torch.zeros_like(part[..., :1])
+        top = torch.full_like(total, -math.inf)
+        for columns, value in zip(self.columns(rows), values):
+            scores = self.scores(self.norms(batch, rows, columns)[0])
+            self.add_content(scores, batch, rows, columns)
+            self.hide(scores, batch, rows, columns, -math.inf)
+            new = torch.maximum(top, scores.amax(-1, keepdim=True))
+            finite = new.masked_fill(new == -math.inf, 0.0)
+            weights = self.hide(self.exp_(scores.sub_(finite)), batch, rows, columns, 0.0)
+            decay = (top - finite).exp()
+            total.mul_(decay).add_(weights.sum(-1, keepdim=True))
+            part.mul_(decay).baddbmm_(weights, value)
+            top = new
+        empty = top == -math.inf
+        return part.div_(total.masked_fill(empty, 1.0)), (top + total.log()).masked_fill(empty, math.inf)
+
+    def _zeros(self, batch: slice, rows: slice) -> Tensor:
+        size = (batch.stop - batch.start) * self.num_heads
+        return self.value.new_zeros(size, rows.stop - rows.start, self.width)
+
+    def expect_inside(self) -> None:
+        """Raise a ValueError that counts the pairs outside the chart."""
+        if self.outside != "error":
+            return
+        wrong = total = 0
+        for batch in self.batches():
+            for rows in self.blocks(self.num_queries):
+                for columns in self.columns(rows):
+                    inside = self.geometry.inside(self.query[batch, ..., rows], self.key[batch, ..., columns])
+                    forbidden = self.forbidden(batch, rows, columns)
+                    out = ~inside if forbidden is None else ~inside & ~forbidden
+                    wrong += int(out.sum())
+                    total += out.numel() if forbidden is None else int((~forbidden).expand_as(out).sum())
+        if wrong:
+            raise ValueError(outside_message(wrong, total, self.group, self.chart))
+
+    # Backward
+
+    def backward(
+        self, grad: Tensor, output: Tensor, log_sum: Tensor, need_poses: bool, need_scale: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys, scale, values and content; empty where there is none."""
+        self.need_poses, self.need_scale = need_poses, need_scale
+        self.grad_query = torch.zeros_like(self.query)
+        self.grad_key = self.grad_query if self.key is self.query else torch.zeros_like(self.key)
+        self.grad_scale, self.grad_value = torch.zeros_like(self.scale), torch.zeros_like(self.value)
+        self.grad_content = [] if self.content is None else [torch.zeros_like(c) for c in self.content[:2]]
+        grad, output, log_sum = grad.flatten(0, 1), output.flatten(0, 1), log_sum.flatten(0, 1)
+        dot = (grad * output).sum(-1, keepdim=True)
+        for batch in self.batches():
+            flat = self.flat(batch)
+            if self.symmetric and self._is_trusted(log_sum[flat]):
+                to_values = self._backward_symmetric(batch, grad[flat], dot[flat], log_sum[flat])
+            else:
+                values = self.cut(self.value[flat])
+                to_values = [torch.zeros_like(v) for v in values]
+                for rows in self.blocks(self.num_queries):
+                    given = (grad[flat, rows].contiguous(), dot[flat, rows], log_sum[flat, rows, None])
+                    self._backward_rows(batch, rows, *given, values, to_values)
+            if to_values:
+                torch.cat(to_values, 1, out=self.grad_value[flat])
+        shape = (self.batch, self.num_heads)
+        if self.content is None:
+            content = (self.value.new_empty(0), self.value.new_empty(0))
+        else:
+            self.grad_content[0] *= self.content[2]
+            content = (self.grad_content[0].unflatten(0, shape), self.grad_content[1].unflatten(0, shape))
+        to_key = self.value.new_empty(0) if self.grad_key is self.grad_query else self.grad_key
+        return self.grad_query, to_key, self.grad_scale, self.grad_value.unflatten(0, shape), content[0], content[1]
+
+    def _backward_symmetric(self, batch: slice, grad: Tensor, dot: Tensor, log_sum: Tensor) -> list[Tensor]:
+        """With W = exp(s) and all of row i divided by its sum beforehand, the gradients of s_ij and of s_ji add up to
+        W_ij (grad_i·v_j − dot_i + grad_j·v_i − dot_j), one product of vectors of i and j.
+        """
+        flat = self.flat(batch)
+        over = (-log_sum).exp()[..., None]
+        grad, dot, value = grad * over, dot * over, self.value[flat]
+        kept = torch.ones_like(dot) if self.kept is None else self.kept[flat]
+        left = self.cut(torch.cat([grad, value, -dot, kept], -1))
+        right = self.cut(torch.cat([value, grad, kept, -dot], -1))
+        grads = self.cut(grad)
+        to_values = [torch.zeros_like(g) for g in grads]
+        blocks = self.blocks(self.num_queries)
+        for i, rows in enumerate(blocks):
+            for j, columns in enumerate(blocks[i:], i):
+                arrays, saved = self.norms(batch, rows, columns, keep=True)
+                weights = self.exp_(self.scores(arrays))
+                to_values[j].baddbmm_(weights.mT, grads[i])
+                if j > i:
+                    to_values[i].baddbmm_(weights, grads[j])
+                else:
+                    weights.mul_(0.5)  # on the diagonal each pair comes twice
+                if self.need_poses or self.need_scale:
+                    to_scores = torch.bmm(left[i], right[j].mT, out=self.weight_room(1, *weights.shape)).mul_(weights)
+                    self._to_geometry(to_scores, arrays, saved, batch, rows, columns)
+        return to_values
+
+    def _backward_rows(
+        self,
+        batch: slice,
+        rows: slice,
+        grad: Tensor,
+        dot: Tensor,
+        log_sum: Tensor,
+        values: list[Tensor],
+        to_values: list[Tensor],
+    ) -> None:
+        flat = self.flat(batch)
+        trusted = self.content is None and self._is_trusted(log_sum)
+        if trusted:
+            over = (-log_sum).exp()
+            grad, dot = grad * over, dot * over
+        for columns, value, to_value in zip(self.columns(rows), values, to_values):
+            arrays, saved = self.norms(batch, rows, columns, keep=True)
+            scores = self.scores(arrays)
+            self.add_content(scores, batch, rows, columns)
+            weights = self.exp_(scores if trusted else scores.sub_(log_sum))
+            self.hide(weights, batch, rows, columns, 0.0)
+            to_value.baddbmm_(weights.mT, grad)
+            if not (self.need_poses or self.need_scale or self.content is not None):
+                continue
+            to_scores = torch.bmm(grad, value.mT, out=self.weight_room(1, *weights.shape)).sub_(dot).mul_(weights)
+            if self.content is not None:
+                content_query, content_key, _ = self.content
+                self.grad_content[0][flat, rows] += to_scores @ content_key[flat, columns]
+                self.grad_content[1][flat, columns] += to_scores.mT @ content_query[flat, rows]
+            if self.need_poses or self.need_scale:
+                self._to_geometry(to_scores, arrays, saved, batch, rows, columns)
+
+    def _to_geometry(
+        self, to_scores: Tensor, arrays: list[Tensor], saved: tuple, batch: slice, rows: slice, columns: slice
+    ) -> None:
+        """From the gradient of the scores of a tile to that of the scale and the poses."""
+        shared = self.query.shape[1] == 1
+        flat = to_scores.unflatten(0, (-1, self.num_heads)).flatten(2)  # [b, H, q·k]
+        if self.need_scale:
+            for k, array in enumerate(arrays):
+                array = array.flatten(2)
+                found = (flat @ array.mT)[..., 0] if shared else (flat * array).sum(-1)
+                self.grad_scale[:, k] -= found.sum(0)
+        if self.need_poses:
+            tile = arrays[0].shape
+            if shared:
+                to_norms = list((-self.scale.mT @ flat).unbind(1))
+            else:
+                to_norms = [flat * -self.scale[:, k, None] for k in range(len(arrays))]
+            to_query, to_key = self.geometry.vjp(saved, [x.view(tile) for x in to_norms], self.room)
+            self.grad_query[batch, ..., rows] += to_query
+            self.grad_key[batch, ..., columns] += to_key
+
+
+@torch.library.custom_op("erlangen::lie_attention", mutates_args=())
+def _attend(
+    query: Tensor,
+    key: Tensor | None,
+    scale: Tensor,
+    value: Tensor,
+    content_query: Tensor | None,
+    content_key: Tensor | None,
+    mask: Tensor | None,
+    group: str,
+    chart: str,
+    outside: str,
+    causal: bool,
+    check: bool,
+) -> tuple[Tensor, Tensor]:
+    tiles = _Tiles(query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check)
+    return tiles.forward()
+
+
+@_attend.register_fake
+def _(query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check):
+    batch, num_heads, _, width = value.shape
+    return value.new_empty(batch, num_heads, query.shape[-1], width), value.new_empty(batch, num_heads, query.shape[-1])
+
+
+@torch.library.custom_op("erlangen::lie_attention_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    output: Tensor,
+    log_sum: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    scale: Tensor,
+    value: Tensor,
+    content_query: Tensor | None,
+    content_key: Tensor | None,
+    mask: Tensor | None,
+    group: str,
+    chart: str,
+    outside: str,
+    causal: bool,
+    need_poses: bool,
+    need_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tiles = _Tiles(query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False)
+    return tiles.backward(grad, output, log_sum, need_poses, need_scale)
+
+
+@_attend_backward.register_fake
+def _(
+    grad, output, log_sum, query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal,
+    need_poses, need_scale,
+):  # fmt: skip
+    likely = (key, scale, value, content_query, content_key)
+    return torch.empty_like(query), *(value.new_empty(0) if x is None else torch.empty_like(x) for x in likely)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, group, chart, outside, causal, _ = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.settings = (group, chart, outside, causal)
+
+
+def _backward(ctx, grad, _):
+    output, log_sum, *tensors = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grads = _attend_backward(
+        grad.contiguous(), output, log_sum, *tensors, *ctx.settings, needs[0] or needs[1], needs[2]
+    )
+    return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 6
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError(
+        'the tiled lie_attention has no second derivative: use impl="reference", which is dense, for double gradients'
+    )
+
+
+_attend.register_autograd(_backward, setup_context=_setup_context)
+_attend_backward.register_autograd(_no_second_derivative)
+
+
+def tiled_attention(
+    query: Tensor,
+    key: Tensor | None,
+    scale: Tensor,
+    value: Tensor,
+    *,
+    group: Group,
+    chart: str,
+    content_query: Tensor | None = None,
+    content_key: Tensor | None = None,
+    mask: Tensor | None = None,
+    outside: str = "error",
+    causal: bool = False,
+    check: bool = True,
+) -> Tensor:
+    """Attention in tiles.
+
+    Args:
+        query: packed poses [B, G, P, N] (``PairGeometry.pack_query``), G of 1 or H.
+        key: packed poses [B, G, P, M]; None where the queries are the keys.
+        scale: λ/τ, [H, K].
+        value: [B, H, M, D], finite also where the mask hides it.
+        content_query, content_key, mask, outside, causal, check: as in `lie_attention`.
+
+    Returns:
+        [B, H, N, D].
+    """
+    factors = scale.new_tensor(pair_geometry(group, chart).factors)
+    return _attend(
+        query.contiguous(), None if key is None else key.contiguous(), scale * factors, value.contiguous(),
+        content_query, content_key, mask, str(group), chart, outside, causal, check,
+    )[0]  # fmt: skip

@@ -1,0 +1,221 @@
+"""Tiles against the dense float64 reference: values and every gradient, over groups, masks, sizes and dtypes."""
+
+import math
+
+import pytest
+import torch
+
+from erlangen.lie import GL, SE2, SE3, SO2, SO3, Aff2, Aff3, Product, Sim2, Sim3, Translation, _geometry, _tiled
+from erlangen.lie.attention import lie_attention
+from erlangen.testing import assert_low_precision
+
+FAST = [SO2, SE2, SO3, SE3, Translation(3), Product(SE2, SO3), Product(SE3, Translation(1))]
+OTHERS = [Sim2, Sim3, GL(2), Aff2, Aff3, Product(SE2, Aff2)]
+H, D, E = 3, 4, 5
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Sides that a handful of poses crosses, with a rest."""
+    monkeypatch.setattr(_geometry.PairGeometry, "tile", 4)
+    monkeypatch.setattr(_geometry._ByLogarithm, "tile", 3)
+    monkeypatch.setattr(_tiled, "_ELEMENTS", 40)
+
+
+def poses(group, *batch, generator, wide):
+    """Poses all over a compact group and metres apart; or, without ``wide``, whose relative poses are in the chart."""
+    if not wide:
+        xi = 0.3 * torch.randn(*batch, group.dim, generator=generator, dtype=torch.float64)
+        return group.exp(xi.clamp(-0.6, 0.6))
+    return group.random(*batch, generator=generator, dtype=torch.float64)
+
+
+def problem(group, generator, *, num_queries=10, num_keys=None, batch=2, heads=(1, 1), displaced=False, content=False):
+    """Arguments of lie_attention; without num_keys the queries are the keys."""
+    wide = group in FAST
+    H1, H2 = heads
+    query = poses(group, batch, *([H] if H1 > 1 else []), num_queries, generator=generator, wide=wide)
+    out = {"query": query}
+    if num_keys is not None:
+        out["key"] = poses(group, batch, *([H] if H2 > 1 else []), num_keys, generator=generator, wide=wide)
+    num_keys = num_keys or num_queries
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    out["value"] = normal(batch, H, num_keys, D)
+    out["block_weights"] = 0.3 + normal(H, len(group.blocks)).abs()
+    out["temperature"] = 0.5 + normal(H).abs()
+    if displaced:
+        out["displacement"] = poses(group, H, generator=generator, wide=False)
+    if content:
+        out["content_query"], out["content_key"] = normal(batch, H, num_queries, E), normal(batch, H, num_keys, E)
+    return out
+
+
+def attend(impl, group, tensors, **options):
+    """Output and the gradient of every tensor."""
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    arguments = dict(tensors)
+    arguments.setdefault("key", arguments["query"])
+    out = lie_attention(**arguments, group=group, impl=impl, **options)
+    probe = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    out.backward(probe + 0.3 * out.detach())
+    return {"output": out.detach()} | {name: tensor.grad for name, tensor in tensors.items()}
+
+
+def assert_same(group, tensors, *, tolerance=1e-9, **options):
+    expected, found = attend("reference", group, tensors, **options), attend("tiled", group, tensors, **options)
+    for name, value in expected.items():
+        error = (found[name] - value).abs().max() / value.abs().max().clamp(min=1)
+        assert error <= tolerance, f"{name}: {error:.2e}"
+    return found
+
+
+CASES = {
+    "self": {},
+    "one": {"num_queries": 1},
+    "cross": {"num_queries": 7, "num_keys": 11},
+    "displaced": {"displaced": True},
+    "content": {"content": True},
+    "a set of poses a head": {"heads": (3, 3)},
+    "queries a head": {"num_keys": 9, "heads": (3, 1), "displaced": True},
+    "keys a head": {"num_keys": 9, "heads": (1, 3), "content": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("group", FAST + OTHERS, ids=str)
+def test_values_and_gradients_are_those_of_the_reference(group, case, generator):
+    assert_same(group, problem(group, generator, **CASES[case]))
+
+
+@pytest.mark.parametrize("group", [SE2, SE3, Aff2], ids=str)
+@pytest.mark.parametrize("keys", [None, 6, 13])
+@pytest.mark.parametrize("kind", ["keys", "pairs", "heads", "rows"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks(group, keys, kind, causal, generator):
+    tensors = problem(group, generator, num_keys=keys, content=kind == "rows")
+    num_keys = keys or 10
+    shape = {"keys": (2, 1, 1), "pairs": (1, 1, 10), "heads": (2, H, 1), "rows": (2, H, 10)}[kind]
+    mask = torch.rand(*shape, num_keys, generator=generator) < 0.6
+    mask[..., 2] = False
+    if kind == "rows":
+        mask[0, 1] = False
+    assert_same(group, tensors, mask=mask, causal=causal)
+    assert_same(group, tensors, causal=True)
+
+
+def test_what_stands_at_padding_is_never_looked_at(generator):
+    tensors = problem(SE3, generator)
+    mask = torch.ones(2, 1, 1, 10, dtype=torch.bool)
+    mask[1, ..., 6:] = False
+    pairs = mask & mask.mT
+    expected = attend("tiled", SE3, tensors, mask=pairs)
+    for name in ("query", "value"):
+        tensors[name][1, ..., 6:, :, *([slice(None)] if name == "query" else [])] = math.nan
+    found = attend("tiled", SE3, tensors, mask=pairs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("group", [SO2, SE2, SO3, SE3], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_half_turns_and_coincident_poses(group, dtype, generator):
+    """Values agree, also at half a turn, where the slope depends on the side; away from it gradients do too."""
+    base = group.random(1, 3, generator=generator, dtype=torch.float64)
+    angles = [0.0, 0.0, 1e-8, 1e-5, 1e-3, math.pi - 1e-2, math.pi - 1e-5, math.pi]
+    xi = torch.zeros(len(angles), group.dim, dtype=torch.float64)
+    xi[:, group.blocks["rotation"][-1]] = torch.tensor(angles, dtype=torch.float64)
+    query = group.compose(base[:, :, None], group.exp(xi)).flatten(1, 2)
+    tensors = problem(group, generator, num_queries=query.shape[1], batch=1) | {"query": query}
+    low = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    expected, found = attend("reference", group, tensors), attend("tiled", group, low)
+    assert all(value.isfinite().all() for value in found.values())
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    torch.testing.assert_close(found["output"].double(), expected["output"], rtol=tolerance, atol=tolerance)
+    apart = [n for n in range(query.shape[1]) if n % len(angles) < 6]
+    tensors = tensors | {"query": query[:, apart], "value": tensors["value"][:, :, apart]}
+    assert_same(group, tensors, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("group", FAST, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_float32_is_as_good_as_the_dense_float32(group, offset, generator):
+    tensors = problem(group, generator, num_queries=24)
+    if any("translation" in block for block in group.blocks):
+        xi = torch.zeros(group.dim, dtype=torch.float64)
+        xi[-1] = offset
+        tensors["query"] = group.compose(group.exp(xi), tensors["query"])
+    # what both see is the rounded poses
+    low = {name: tensor.float() for name, tensor in tensors.items()}
+    exact = {name: tensor.double() for name, tensor in low.items()}
+    assert_low_precision(
+        attend("tiled", group, low), attend("reference", group, low), attend("reference", group, exact), ratio=4.0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_far_from_all_keys_keep_their_weights(dtype, generator):
+    """Scores of −10⁴ only: exp(s) is zero in either dtype, the softmax is not."""
+    tensors = problem(SE2, generator, num_keys=9)
+    tensors["query"][:, 3:6, 0, 2] += 300.0
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    expected, found = attend("reference", SE2, tensors), attend("tiled", SE2, tensors)
+    tolerance = 2e-3 if dtype == torch.float32 else 1e-9
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance * value.abs().max().item())
+
+
+def test_a_masked_token_far_from_the_others_keeps_its_weights(generator):
+    """The symmetric pass sees that it cannot trust this row, and the general one takes over."""
+    tensors = problem(SE2, generator, batch=1)
+    tensors["query"][:, 4, 0, 2] += 300.0
+    mask = torch.ones(1, 1, 1, 10, dtype=torch.bool)
+    mask[..., 4] = False
+    found = assert_same(SE2, tensors, mask=mask)
+    assert found["output"][0, :, 4].abs().sum() > 0
+
+
+def test_the_comparison_sees_a_wrong_gradient(generator, monkeypatch):
+    right = _geometry._Plane.vjp
+
+    def wrong(self, *arguments):
+        to_query, to_key = right(self, *arguments)
+        return to_query * (1 + 1e-6), to_key
+
+    monkeypatch.setattr(_geometry._Plane, "vjp", wrong)
+    with pytest.raises(AssertionError, match="query"):
+        assert_same(SE2, problem(SE2, generator))
+
+
+@pytest.mark.parametrize("group", [GL(2), Aff2], ids=str)
+def test_the_polar_chart(group, generator):
+    tensors = problem(group, generator)
+    tensors["query"] = poses(group, 2, 10, generator=generator, wide=True)
+    assert_same(group, tensors, chart="polar", tolerance=1e-8)
+
+
+def test_outside_of_the_chart(generator):
+    tensors = problem(GL(2), generator)
+    tensors["query"][1, 2] = torch.diag(torch.tensor([-1.0, -2.0], dtype=torch.float64)) @ tensors["query"][1, 5]
+    with pytest.raises(
+        ValueError, match=r"2 of 200 pairs|of 200 pairs do not: use chart=\"polar\" or outside=\"mask\""
+    ):
+        attend("tiled", GL(2), tensors)
+    assert_same(GL(2), tensors, outside="mask")
+    blind = attend("tiled", GL(2), tensors, check=False)["output"]
+    expected = attend("reference", GL(2), tensors, check=False)["output"]
+    assert torch.equal(blind.isnan(), expected.isnan()) and blind.isnan().any()
+
+
+def test_errors(generator):
+    tensors = problem(SE2, generator)
+    tensors["key"] = tensors["query"]
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, tiled"):
+        lie_attention(**tensors, group=SE2, impl="fast")
+    query = tensors["query"].clone().requires_grad_()
+    out = lie_attention(**(tensors | {"query": query, "key": query}), group=SE2, impl="tiled")
+    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match='no second derivative: use impl="reference"'):
+        gradient.square().sum().backward()
