@@ -7,6 +7,7 @@ import torch
 
 from erlangen.lie import GL, SE2, SE3, SO2, SO3, Aff2, Aff3, Product, Sim2, Sim3, Translation, _geometry, _tiled
 from erlangen.lie.attention import lie_attention
+from erlangen.lie.values import lie_attention_tangent
 from erlangen.testing import assert_low_precision
 
 FAST = [SO2, SE2, SO3, SE3, Translation(3), Product(SE2, SO3), Product(SE3, Translation(1))]
@@ -18,7 +19,7 @@ H, D, E = 3, 4, 5
 def small_tiles(monkeypatch):
     """Sides that a handful of poses crosses, with a rest."""
     monkeypatch.setattr(_geometry.PairGeometry, "tile", 4)
-    monkeypatch.setattr(_geometry._ByLogarithm, "tile", 3)
+    monkeypatch.setattr(_geometry.ByLogarithm, "tile", 3)
     monkeypatch.setattr(_tiled, "_ELEMENTS", 40)
 
 
@@ -207,6 +208,33 @@ def test_outside_of_the_chart(generator):
     blind = attend("tiled", GL(2), tensors, check=False)["output"]
     expected = attend("reference", GL(2), tensors, check=False)["output"]
     assert torch.equal(blind.isnan(), expected.isnan()) and blind.isnan().any()
+
+
+@pytest.mark.parametrize("case", ["self", "cross", "displaced", "content", "queries a head"])
+@pytest.mark.parametrize("group", [SE2, SE3, Sim2, Aff2, Aff3], ids=str)
+def test_tangent_vectors_with_their_gradients(group, case, generator):
+    tensors = problem(group, generator, **CASES[case])
+    if group in FAST:  # the tangent vector jumps at half a turn
+        for name in {"query", "key"} & tensors.keys():
+            tensors[name] = poses(group, *tensors[name].shape[:-2], generator=generator, wide=False)
+    results = []
+    for impl in ("reference", "tiled"):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        out, tangent = lie_attention_tangent(**({"key": leaves["query"]} | leaves), group=group, impl=impl)
+        probe = torch.linspace(-1, 1, tangent.numel(), dtype=tangent.dtype).view_as(tangent)
+        ((tangent * probe).sum() + out.square().sum()).backward()
+        results.append([out, tangent, *(leaf.grad for leaf in leaves.values())])
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_tangent_vectors_alone(generator):
+    tensors = problem(SE2, generator, num_keys=9) | {"value": torch.empty(2, H, 9, 0, dtype=torch.float64)}
+    mask = torch.rand(2, 1, 10, 9, generator=generator) < 0.4
+    mask[1, :, 3] = False
+    pair = [lie_attention_tangent(**tensors, group=SE2, mask=mask, impl=impl)[1] for impl in ("reference", "tiled")]
+    torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-10)
+    assert not pair[1][1, :, 3].any()
 
 
 def test_errors(generator):

@@ -25,6 +25,7 @@ from .layers import LieAttention as LieAttention
 from .layers import LieTransformer as LieTransformer
 from .layers import LieTransformerConfig as LieTransformerConfig
 from .product import Product as Product
+from .values import lie_attention_tangent as lie_attention_tangent
 from .values import lie_mean_tangent as lie_mean_tangent
 from .values import lie_mean_update as lie_mean_update
 from .values import lie_transport as lie_transport

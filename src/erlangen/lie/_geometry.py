@@ -118,8 +118,10 @@ class Room:
             self._free.extend(arrays)
 
 
-def pair_geometry(group: Group, chart: str) -> PairGeometry:
-    """The geometry of a group in a chart."""
+def pair_geometry(group: Group, chart: str, tangents: bool = False) -> PairGeometry:
+    """The geometry of a group in a chart; if it has to give tangent vectors too, through its logarithm."""
+    if tangents:
+        return ByLogarithm(group, chart)
     if isinstance(group, Product):
         parts = [pair_geometry(factor, c) for factor, c in zip(group.factors, group._each_chart(chart))]
         if all(part.is_fast for part in parts):
@@ -131,7 +133,7 @@ def pair_geometry(group: Group, chart: str) -> PairGeometry:
         if isinstance(linear, Rotations) and not linear._scaled:
             kind = _Plane if linear.point_dim == 2 else _Space
             return kind(isinstance(group, Affine))
-    return _ByLogarithm(group, chart)
+    return ByLogarithm(group, chart)
 
 
 # Translations
@@ -456,7 +458,7 @@ class _Product(PairGeometry):
         return torch.cat(to_query, -2), torch.cat(to_key, -2)
 
 
-class _ByLogarithm(PairGeometry):
+class ByLogarithm(PairGeometry):
     """Any group, through its own logarithm."""
 
     tile = 128
@@ -490,19 +492,22 @@ class _ByLogarithm(PairGeometry):
     def inside(self, query: Tensor, key: Tensor) -> Tensor:
         return self.group.in_chart(self._relative(query, key), chart=self.chart)
 
-    def _norms(self, query: Tensor, key: Tensor, inside: Tensor) -> Tensor:
+    def _log(self, query: Tensor, key: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """Block norms [B, G, Q, K, blocks], and the tangent vectors [B, G, Q, K, dim] that they are of."""
         relative = self._relative(query, key)
         eye = self.group.identity(dtype=relative.dtype, device=relative.device)
-        return self.group.log_block_norms(
-            torch.where(inside[..., None, None], relative, eye), chart=self.chart, check=False
-        )
+        relative = torch.where(inside[..., None, None], relative, eye)
+        tangent = self.group.log(relative, chart=self.chart, check=False)
+        return self.group.block_norms(tangent), tangent
 
     def norms(self, query: Tensor, key: Tensor, room: Room) -> tuple[list[Tensor], tuple]:
-        norms = self._norms(query, key, self.inside(query, key))
-        return list(norms.unbind(-1)), (query, key)
+        norms, tangent = self._log(query, key, self.inside(query, key))
+        return list(norms.unbind(-1)), (query, key, tangent)
 
-    def vjp(self, saved: tuple, grads: list[Tensor], room: Room) -> tuple[Tensor, Tensor]:
-        query, key = saved
+    def vjp(
+        self, saved: tuple, grads: list[Tensor], room: Room, grad_tangent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        query, key, tangent = saved
         inside = self.inside(query, key)
-        pull = torch.func.vjp(lambda a, b: self._norms(a, b, inside), query, key)[1]
-        return pull(torch.stack(grads, -1))
+        pull = torch.func.vjp(lambda a, b: self._log(a, b, inside), query, key)[1]
+        return pull((torch.stack(grads, -1), torch.zeros_like(tangent) if grad_tangent is None else grad_tangent))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ._base import Group, outside_message
-from ._geometry import Room, pair_geometry
+from ._geometry import ByLogarithm, Room, pair_geometry
 from .groups import parse
 
 _ELEMENTS = 1 << 19  # of the weights of a tile
@@ -56,9 +56,11 @@ class _Tiles:
         outside: str,
         causal: bool,
         check: bool,
+        tangents: bool,
     ) -> None:
         self.group, self.chart, self.outside, self.check = parse(group), chart, outside, check
-        self.geometry = pair_geometry(self.group, chart)
+        self.geometry = pair_geometry(self.group, chart, tangents)
+        self.tangents = tangents
         self.query, self.key = query_BGPN, query_BGPN if key_BGPM is None else key_BGPM
         self.batch, self.num_heads, self.num_keys, self.width = value_BHMD.shape
         self.num_queries = query_BGPN.shape[-1]
@@ -178,11 +180,14 @@ class _Tiles:
 
     # Forward
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """Output [B, H, N, D], and the logarithm of the sum of weights [B, H, N], +inf for a row without any."""
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Output [B, H, N, D], mean tangent vectors [B, H, N, dim] (dim of 0 where not asked for), and the logarithm of
+        the sum of weights [B, H, N], +inf for a row without any.
+        """
         if self.check and not self.geometry.is_fast:
             self.expect_inside()
         output = self.value.new_empty(len(self.value), self.num_queries, self.width)
+        tangent = output.new_empty(*output.shape[:2], self.group.dim if self.tangents else 0)
         log_sum = self.value.new_empty(len(self.value), self.num_queries)
         for batch in self.batches():
             flat = self.flat(batch)
@@ -193,9 +198,9 @@ class _Tiles:
                 found = None if self.content is not None else self._forward_rows(batch, rows, values)
                 if found is None:
                     found = self._forward_rows_with_maximum(batch, rows, values)
-                output[flat, rows], log_sum[flat, rows, None] = found
+                output[flat, rows], tangent[flat, rows], log_sum[flat, rows, None] = found
         shape = (self.batch, self.num_heads)
-        return output.unflatten(0, shape), log_sum.unflatten(0, shape)
+        return output.unflatten(0, shape), tangent.unflatten(0, shape), log_sum.unflatten(0, shape)
 
     def _is_trusted(self, log_sum: Tensor) -> bool:
         return bool((log_sum > self.limits.trusted).all())
@@ -227,25 +232,29 @@ class _Tiles:
         torch.div(torch.cat(parts, 1), total, out=output)
         return True
 
-    def _forward_rows(self, batch: slice, rows: slice, values: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """The output [b·H, q, D], and the logarithm of the sum of weights [b·H, q, 1]; None if it cannot be trusted."""
-        part = self._zeros(batch, rows)
-        total = torch.zeros_like(part[..., :1])
+    def _forward_rows(self, batch: slice, rows: slice, values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Output [b·H, q, D], tangent [b·H, q, dim or 0] and the logarithm of the sum of weights [b·H, q, 1]; None if
+        they cannot be trusted.
+        """
+        part, tangent, total = self._zeros(batch, rows)
         for columns, value in zip(self.columns(rows), values):
-            weights = self.exp_(self.scores(self.norms(batch, rows, columns)[0]))
-            self.hide(weights, batch, rows, columns, 0.0)
+            arrays, saved = self.norms(batch, rows, columns)
+            weights = self.hide(self.exp_(self.scores(arrays)), batch, rows, columns, 0.0)
             total.add_(weights.sum(-1, keepdim=True))
             part.baddbmm_(weights, value)
+            self._add_tangents(tangent, weights, saved)
         log_total = total.log()
-        return (part.div_(total), log_total) if self._is_trusted(log_total) else None
+        return (part.div_(total), tangent.div_(total), log_total) if self._is_trusted(log_total) else None
 
-    def _forward_rows_with_maximum(self, batch: slice, rows: slice, values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _forward_rows_with_maximum(
+        self, batch: slice, rows: slice, values: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As `_forward_rows`, for scores of any size."""
-        part = self._zeros(batch, rows)
-        total = torch.zeros_like(part[..., :1])
+        part, tangent, total = self._zeros(batch, rows)
         top = torch.full_like(total, -math.inf)
         for columns, value in zip(self.columns(rows), values):
-            scores = self.scores(self.norms(batch, rows, columns)[0])
+            arrays, saved = self.norms(batch, rows, columns)
+            scores = self.scores(arrays)
             self.add_content(scores, batch, rows, columns)
             self.hide(scores, batch, rows, columns, -math.inf)
             new = torch.maximum(top, scores.amax(-1, keepdim=True))
@@ -254,13 +263,27 @@ class _Tiles:
             decay = (top - finite).exp()
             total.mul_(decay).add_(weights.sum(-1, keepdim=True))
             part.mul_(decay).baddbmm_(weights, value)
+            self._add_tangents(tangent.mul_(decay), weights, saved)
             top = new
         empty = top == -math.inf
-        return part.div_(total.masked_fill(empty, 1.0)), (top + total.log()).masked_fill(empty, math.inf)
+        log_total = (top + total.log()).masked_fill(empty, math.inf)
+        total.masked_fill_(empty, 1.0)
+        return part.div_(total), tangent.div_(total), log_total
 
-    def _zeros(self, batch: slice, rows: slice) -> Tensor:
-        size = (batch.stop - batch.start) * self.num_heads
-        return self.value.new_zeros(size, rows.stop - rows.start, self.width)
+    def _zeros(self, batch: slice, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        size = ((batch.stop - batch.start) * self.num_heads, rows.stop - rows.start)
+        widths = (self.width, self.group.dim if self.tangents else 0, 1)
+        part, tangent, total = (self.value.new_zeros(*size, width) for width in widths)
+        return part, tangent, total
+
+    def _add_tangents(self, to: Tensor, weights: Tensor, saved: tuple) -> None:
+        """Add Σ_j weights_ij log(g_i⁻¹ g_j), [b·H, q, dim]."""
+        if self.tangents:
+            by_head = weights.unflatten(0, (-1, self.num_heads))
+            to += torch.einsum("bhqk,bhqkc->bhqc", by_head, self._tangent(saved)).flatten(0, 1)
+
+    def _tangent(self, saved: tuple) -> Tensor:
+        return saved[-1].expand(-1, self.num_heads, -1, -1, -1)
 
     def expect_inside(self) -> None:
         """Raise a ValueError that counts the pairs outside the chart."""
@@ -281,7 +304,14 @@ class _Tiles:
     # Backward
 
     def backward(
-        self, grad: Tensor, output: Tensor, log_sum: Tensor, need_poses: bool, need_scale: bool
+        self,
+        grad: Tensor,
+        grad_tangent: Tensor,
+        output: Tensor,
+        tangent: Tensor,
+        log_sum: Tensor,
+        need_poses: bool,
+        need_scale: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients of queries, keys, scale, values and content; empty where there is none."""
         self.need_poses, self.need_scale = need_poses, need_scale
@@ -289,8 +319,8 @@ class _Tiles:
         self.grad_key = self.grad_query if self.key is self.query else torch.zeros_like(self.key)
         self.grad_scale, self.grad_value = torch.zeros_like(self.scale), torch.zeros_like(self.value)
         self.grad_content = [] if self.content is None else [torch.zeros_like(c) for c in self.content[:2]]
-        grad, output, log_sum = grad.flatten(0, 1), output.flatten(0, 1), log_sum.flatten(0, 1)
-        dot = (grad * output).sum(-1, keepdim=True)
+        dot = ((grad * output).sum(-1, keepdim=True) + (grad_tangent * tangent).sum(-1, keepdim=True)).flatten(0, 1)
+        grad, grad_tangent, log_sum = grad.flatten(0, 1), grad_tangent.flatten(0, 1), log_sum.flatten(0, 1)
         for batch in self.batches():
             flat = self.flat(batch)
             if self.symmetric and self._is_trusted(log_sum[flat]):
@@ -299,8 +329,8 @@ class _Tiles:
                 values = self.cut(self.value[flat])
                 to_values = [torch.zeros_like(v) for v in values]
                 for rows in self.blocks(self.num_queries):
-                    given = (grad[flat, rows].contiguous(), dot[flat, rows], log_sum[flat, rows, None])
-                    self._backward_rows(batch, rows, *given, values, to_values)
+                    given = grad[flat, rows].contiguous(), grad_tangent[flat, rows], dot[flat, rows]
+                    self._backward_rows(batch, rows, *given, log_sum[flat, rows, None], values, to_values)
             if to_values:
                 torch.cat(to_values, 1, out=self.grad_value[flat])
         shape = (self.batch, self.num_heads)
@@ -344,6 +374,7 @@ class _Tiles:
         batch: slice,
         rows: slice,
         grad: Tensor,
+        grad_tangent: Tensor,
         dot: Tensor,
         log_sum: Tensor,
         values: list[Tensor],
@@ -353,7 +384,8 @@ class _Tiles:
         trusted = self.content is None and self._is_trusted(log_sum)
         if trusted:
             over = (-log_sum).exp()
-            grad, dot = grad * over, dot * over
+            grad, grad_tangent, dot = grad * over, grad_tangent * over, dot * over
+        by_head = grad_tangent.unflatten(0, (-1, self.num_heads))
         for columns, value, to_value in zip(self.columns(rows), values, to_values):
             arrays, saved = self.norms(batch, rows, columns, keep=True)
             scores = self.scores(arrays)
@@ -363,18 +395,32 @@ class _Tiles:
             to_value.baddbmm_(weights.mT, grad)
             if not (self.need_poses or self.need_scale or self.content is not None):
                 continue
-            to_scores = torch.bmm(grad, value.mT, out=self.weight_room(1, *weights.shape)).sub_(dot).mul_(weights)
+            to_scores = torch.bmm(grad, value.mT, out=self.weight_room(1, *weights.shape)).sub_(dot)
+            to_tangent = None
+            if self.tangents:
+                to_scores += torch.einsum("bhqc,bhqkc->bhqk", by_head, self._tangent(saved)).flatten(0, 1)
+                form = "bhqk,bhqc->bqkc" if self.query.shape[1] == 1 else "bhqk,bhqc->bhqkc"
+                to_tangent = torch.einsum(form, weights.unflatten(0, (-1, self.num_heads)), by_head)
+                to_tangent = to_tangent.reshape(saved[-1].shape)
+            to_scores.mul_(weights)
             if self.content is not None:
                 content_query, content_key, _ = self.content
                 self.grad_content[0][flat, rows] += to_scores @ content_key[flat, columns]
                 self.grad_content[1][flat, columns] += to_scores.mT @ content_query[flat, rows]
             if self.need_poses or self.need_scale:
-                self._to_geometry(to_scores, arrays, saved, batch, rows, columns)
+                self._to_geometry(to_scores, arrays, saved, batch, rows, columns, to_tangent)
 
     def _to_geometry(
-        self, to_scores: Tensor, arrays: list[Tensor], saved: tuple, batch: slice, rows: slice, columns: slice
+        self,
+        to_scores: Tensor,
+        arrays: list[Tensor],
+        saved: tuple,
+        batch: slice,
+        rows: slice,
+        columns: slice,
+        to_tangent: Tensor | None = None,
     ) -> None:
-        """From the gradient of the scores of a tile to that of the scale and the poses."""
+        """From the gradients of the scores of a tile, and of its tangent vectors, to those of scale and poses."""
         shared = self.query.shape[1] == 1
         flat = to_scores.unflatten(0, (-1, self.num_heads)).flatten(2)  # [b, H, q·k]
         if self.need_scale:
@@ -388,7 +434,11 @@ class _Tiles:
                 to_norms = list((-self.scale.mT @ flat).unbind(1))
             else:
                 to_norms = [flat * -self.scale[:, k, None] for k in range(len(arrays))]
-            to_query, to_key = self.geometry.vjp(saved, [x.view(tile) for x in to_norms], self.room)
+            to_norms = [x.view(tile) for x in to_norms]
+            if isinstance(self.geometry, ByLogarithm):
+                to_query, to_key = self.geometry.vjp(saved, to_norms, self.room, to_tangent)
+            else:
+                to_query, to_key = self.geometry.vjp(saved, to_norms, self.room)
             self.grad_query[batch, ..., rows] += to_query
             self.grad_key[batch, ..., columns] += to_key
 
@@ -407,21 +457,26 @@ def _attend(
     outside: str,
     causal: bool,
     check: bool,
-) -> tuple[Tensor, Tensor]:
-    tiles = _Tiles(query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check)
-    return tiles.forward()
+    tangents: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _Tiles(
+        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents
+    ).forward()
 
 
 @_attend.register_fake
-def _(query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check):
-    batch, num_heads, _, width = value.shape
-    return value.new_empty(batch, num_heads, query.shape[-1], width), value.new_empty(batch, num_heads, query.shape[-1])
+def _(query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents):
+    shape = (*value.shape[:2], query.shape[-1])
+    dim = parse(group).dim if tangents else 0
+    return value.new_empty(*shape, value.shape[-1]), value.new_empty(*shape, dim), value.new_empty(*shape)
 
 
 @torch.library.custom_op("erlangen::lie_attention_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor,
+    grad_tangent: Tensor,
     output: Tensor,
+    tangent: Tensor,
     log_sum: Tensor,
     query: Tensor,
     key: Tensor | None,
@@ -434,35 +489,36 @@ def _attend_backward(
     chart: str,
     outside: str,
     causal: bool,
+    tangents: bool,
     need_poses: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tiles = _Tiles(query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False)
-    return tiles.backward(grad, output, log_sum, need_poses, need_scale)
+    return _Tiles(
+        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False, tangents
+    ).backward(grad, grad_tangent, output, tangent, log_sum, need_poses, need_scale)
 
 
 @_attend_backward.register_fake
 def _(
-    grad, output, log_sum, query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal,
-    need_poses, need_scale,
+    grad, grad_tangent, output, tangent, log_sum, query, key, scale, value, content_query, content_key, mask,
+    group, chart, outside, causal, tangents, need_poses, need_scale,
 ):  # fmt: skip
     likely = (key, scale, value, content_query, content_key)
     return torch.empty_like(query), *(value.new_empty(0) if x is None else torch.empty_like(x) for x in likely)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, group, chart, outside, causal, _ = inputs
+    *tensors, group, chart, outside, causal, _, tangents = inputs
     ctx.save_for_backward(*output, *tensors)
-    ctx.settings = (group, chart, outside, causal)
+    ctx.settings = (group, chart, outside, causal, tangents)
 
 
-def _backward(ctx, grad, _):
-    output, log_sum, *tensors = ctx.saved_tensors
+def _backward(ctx, grad, grad_tangent, _):
     needs = ctx.needs_input_grad
     grads = _attend_backward(
-        grad.contiguous(), output, log_sum, *tensors, *ctx.settings, needs[0] or needs[1], needs[2]
+        grad.contiguous(), grad_tangent.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0] or needs[1], needs[2]
     )
-    return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 6
+    return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 7
 
 
 def _no_second_derivative(ctx, *_):
@@ -489,7 +545,8 @@ def tiled_attention(
     outside: str = "error",
     causal: bool = False,
     check: bool = True,
-) -> Tensor:
+    tangents: bool = False,
+) -> tuple[Tensor, Tensor]:
     """Attention in tiles.
 
     Args:
@@ -498,12 +555,15 @@ def tiled_attention(
         scale: λ/τ, [H, K].
         value: [B, H, M, D], finite also where the mask hides it.
         content_query, content_key, mask, outside, causal, check: as in `lie_attention`.
+        tangents: give the mean tangent vectors too; the packing is that of the geometry with tangents then.
 
     Returns:
-        [B, H, N, D].
+        [B, H, N, D], and [B, H, N, dim] (or of width 0).
     """
-    factors = scale.new_tensor(pair_geometry(group, chart).factors)
-    return _attend(
+    factors = scale.new_tensor(pair_geometry(group, chart, tangents).factors)
+    output, tangent, _ = _attend(
         query.contiguous(), None if key is None else key.contiguous(), scale * factors, value.contiguous(),
         content_query, content_key, mask, str(group), chart, outside, causal, check,
-    )[0]  # fmt: skip
+        tangents,
+    )  # fmt: skip
+    return output, tangent

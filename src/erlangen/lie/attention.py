@@ -62,7 +62,7 @@ def lie_scores(
         ValueError: shapes, dtypes or devices do not fit; λ or τ is not positive; a pose is not in the group; pairs are
             outside the chart and ``outside="error"``.
     """
-    inputs = _Inputs(query, key, group, block_weights, temperature, displacement, chart, outside, check)
+    inputs = Inputs(query, key, group, block_weights, temperature, displacement, chart, outside, check)
     scores_BHNM, allowed_BHNM = _dense_scores(inputs)
     return scores_BHNM if allowed_BHNM is None else scores_BHNM.masked_fill(~allowed_BHNM, -math.inf)
 
@@ -100,8 +100,8 @@ def lie_weights(
     Raises:
         ValueError: as :func:`lie_scores`; or mask or content do not fit.
     """
-    return _dense_weights(
-        _Inputs(
+    return dense_weights(
+        Inputs(
             query, key, group, block_weights, temperature, displacement, chart, outside, check,
             content_query, content_key, causal, mask,
         )
@@ -145,23 +145,17 @@ def lie_attention(
         RuntimeError: a second derivative is asked of "tiled".
     """
     expect_choice("impl", impl, IMPLEMENTATIONS)
-    inputs = _Inputs(
+    inputs = Inputs(
         query, key, group, block_weights, temperature, displacement, chart, outside, check,
         content_query, content_key, causal, mask,
     )  # fmt: skip
-    check_alike(query=query, value=value)
-    expect_shape("value", value, (query.shape[0], inputs.num_heads, inputs.num_keys, None), "[B, H, M, D]")
-    if mask is not None:  # 0 · NaN is NaN: what stands at a padded key must not come in with weight 0
-        value = value.masked_fill(~mask.any(-2)[..., None], 0.0)
-    if impl == "auto":
-        few = inputs.num_queries * inputs.num_keys <= 512**2 and not torch.compiler.is_compiling()
-        impl = "reference" if few and not pair_geometry(group, chart).is_fast else "tiled"
-    if impl == "reference":
-        return _dense_weights(inputs) @ value
-    return _tiled(inputs, value)
+    value = inputs.checked_value(value)
+    if inputs.chosen(impl) == "reference":
+        return dense_weights(inputs) @ value
+    return tiled(inputs, value)[0]
 
 
-class _Inputs:
+class Inputs:
     """The arguments of a call, seen to be right, with whatever stands where nobody looks made harmless."""
 
     def __init__(
@@ -218,6 +212,20 @@ class _Inputs:
                 group.check(displacement)
         self.scale_HK = block_weights / temperature[:, None]
 
+    def checked_value(self, value: Tensor) -> Tensor:
+        """The value, seen to fit, and zero where it stands at a key that nobody attends to."""
+        check_alike(query=self.query, value=value)
+        expect_shape("value", value, (self.batch, self.num_heads, self.num_keys, None), "[B, H, M, D]")
+        # 0 · NaN is NaN: what stands at a padded key must not come in with weight 0
+        return value if self.mask is None else value.masked_fill(~self.mask.any(-2)[..., None], 0.0)
+
+    def chosen(self, impl: str, tangents: bool = False) -> str:
+        """The implementation that "auto" stands for, or the one that was asked for."""
+        if impl != "auto":
+            return impl
+        few = self.num_queries * self.num_keys <= 512**2 and not torch.compiler.is_compiling()
+        return "reference" if few and not pair_geometry(self.group, self.chart, tangents).is_fast else "tiled"
+
     def _content(
         self,
         query: Tensor,
@@ -243,8 +251,9 @@ class _Inputs:
         return content_query, content_key
 
 
-def _tiled(inputs: _Inputs, value: Tensor) -> Tensor:
-    pairs = pair_geometry(inputs.group, inputs.chart)
+def tiled(inputs: Inputs, value: Tensor, tangents: bool = False) -> tuple[Tensor, Tensor]:
+    """Output [B, H, N, D], and mean tangent vectors [B, H, N, dim] if they are asked for."""
+    pairs = pair_geometry(inputs.group, inputs.chart, tangents)
     with torch.autocast(value.device.type, enabled=False):
         query = pairs.pack_query(inputs.query, inputs.displacement)
         key = None
@@ -266,10 +275,12 @@ def _tiled(inputs: _Inputs, value: Tensor) -> Tensor:
             outside=inputs.outside,
             causal=inputs.causal,
             check=inputs.check,
+            tangents=tangents,
         )
 
 
-def _dense_weights(inputs: _Inputs) -> Tensor:
+def dense_weights(inputs: Inputs) -> Tensor:
+    """The attention weights [B, H, N, M]."""
     scores_BHNM, allowed_BHNM = _dense_scores(inputs)
     if inputs.content is not None:
         content_query, content_key = inputs.content
@@ -282,7 +293,7 @@ def _dense_weights(inputs: _Inputs) -> Tensor:
     return scores_BHNM.softmax(dim=-1).masked_fill(empty_BHN1, 0.0)
 
 
-def _dense_scores(inputs: _Inputs) -> tuple[Tensor, Tensor | None]:
+def _dense_scores(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
     """Scores [B, H, N, M], 0 for the pairs that are not allowed; and the pairs that are, None for all."""
     group, chart, scale_HK = inputs.group, inputs.chart, inputs.scale_HK
     allowed_BHNM = _allowed(inputs.mask, inputs.causal, inputs.num_queries, inputs.num_keys, scale_HK.device)

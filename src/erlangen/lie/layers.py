@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Group
-from .attention import Outside, check_alike, expect_choice, expect_shape, lie_weights, replace_poses
+from .attention import Outside, check_alike, expect_choice, expect_shape, replace_poses
 from .groups import parse
-from .values import lie_mean_tangent, move
+from .values import lie_attention_tangent, move
 
 FORMAT = "erlangen-lie-transformer"
 VERSION = 1
@@ -102,12 +102,12 @@ class LieAttention(nn.Module):
             wanted = "no features" if self.dim is None else f"features of width {self.dim}"
             raise ValueError(f"this layer was built for {wanted}, received {'none' if features is None else 'some'}")
         check_alike(poses=poses, features=features, parameters=self.log_temperature)
-        pairs = None
+        keys = None
         clean = poses
         if mask is not None:
             _expect_mask(mask, poses)
-            pairs = (mask[:, :, None] & mask[:, None, :])[:, None]
-            clean = replace_poses(poses[:, None], mask[:, None], self.group)[:, 0]
+            keys = mask[:, None, None]
+            clean = _without_padding(poses, mask, self.group)
         query = key = value = None
         if features is not None:
             expect_shape("features", features, (*poses.shape[:2], self.dim), "[B, N, dim]")
@@ -117,9 +117,12 @@ class LieAttention(nn.Module):
                 self._heads(layer, features, poses.dtype) for layer in (self.query, self.key, self.value)
             )
         displacement = None if self.displacement is None else self.group.exp(self.displacement)
-        weights_BHNN = lie_weights(
+        if value is None:
+            value = poses.new_empty(len(poses), self.num_heads, poses.shape[1], 0)
+        received = lie_attention_tangent(
             clean,
             clean,
+            value,
             group=self.group,
             block_weights=self.log_block_weights.exp(),
             temperature=self.log_temperature.exp(),
@@ -127,18 +130,12 @@ class LieAttention(nn.Module):
             content_query=query,
             content_key=key,
             causal=self.causal,
-            mask=pairs,
+            mask=keys,
             chart=self.chart,
             outside=self.outside,
             check=check,
         )
-        tangent_BHNG = lie_mean_tangent(
-            weights_BHNN, clean, clean, self.group, displacement=displacement, chart=self.chart, check=check
-        )
-        received = [tangent_BHNG]
-        if value is not None:
-            received.append(weights_BHNN @ value)
-        mixed = torch.cat([heads_BHND.transpose(1, 2).flatten(2) for heads_BHND in received], dim=-1)
+        mixed = torch.cat([heads_BHND.transpose(1, 2).flatten(2) for heads_BHND in reversed(received)], dim=-1)
         if self.pose_step is not None:
             moved = move(clean, self.pose_step(mixed).to(poses.dtype), self.group)
             poses = moved if mask is None else torch.where(mask[..., None, None], moved, poses)
@@ -151,6 +148,17 @@ class LieAttention(nn.Module):
         if layer is None:
             return None
         return layer(features_BNC).to(dtype).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _without_padding(poses: Tensor, mask: Tensor, group: Group) -> Tensor:
+    """Poses [B, N, m, m] whose padding holds the first token's pose: as a query that brings no pair that was not there.
+
+    Where all is padding it is the identity.
+    """
+    first = mask.int().argmax(-1)
+    token = poses.detach()[torch.arange(len(poses), device=poses.device), first]
+    token = replace_poses(token[:, None], mask.any(-1, keepdim=True), group)
+    return torch.where(mask[..., None, None], poses, token)
 
 
 def _expect_mask(mask: Tensor, poses: Tensor) -> None:

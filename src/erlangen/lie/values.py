@@ -19,7 +19,11 @@ from torch import Tensor
 from ._base import Group
 from ._matrix import matvec
 from .attention import (
+    IMPLEMENTATIONS,
+    Inputs,
+    Outside,
     check_alike,
+    dense_weights,
     expect_choice,
     expect_displacement,
     expect_inside,
@@ -27,6 +31,7 @@ from .attention import (
     pose_heads,
     relative_poses,
     replace_poses,
+    tiled,
 )
 from .product import Product
 
@@ -74,6 +79,50 @@ def lie_mean_tangent(
         if invalid_BHNM is not None:
             tangent_BHNMG = tangent_BHNMG.masked_fill(invalid_BHNM[..., None], torch.nan)
         return (weights[..., None, :] @ tangent_BHNMG)[..., 0, :]
+
+
+def lie_attention_tangent(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group: Group,
+    block_weights: Tensor,
+    temperature: Tensor,
+    displacement: Tensor | None = None,
+    content_query: Tensor | None = None,
+    content_key: Tensor | None = None,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    chart: str = "principal",
+    outside: Outside = "error",
+    check: bool = True,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`lie_attention`, and `lie_mean_tangent` of the same weights, which need not be kept for it.
+
+    Args:
+        all: as in `lie_attention`; a value of width 0 asks for the tangent vectors alone. "auto" is "tiled" for more
+            than 512 × 512 pairs a head and under ``torch.compile``, else "reference".
+
+    Returns:
+        output [B, H, N, D] and tangent vectors [B, H, N, group.dim]; both invariant when one h moves all poses.
+
+    Raises:
+        ValueError, RuntimeError: as `lie_attention`.
+    """
+    expect_choice("impl", impl, IMPLEMENTATIONS)
+    inputs = Inputs(
+        query, key, group, block_weights, temperature, displacement, chart, outside, check,
+        content_query, content_key, causal, mask,
+    )  # fmt: skip
+    value = inputs.checked_value(value)
+    if inputs.chosen(impl, tangents=True) == "tiled":
+        return tiled(inputs, value, tangents=True)
+    weights = dense_weights(inputs)
+    poses = inputs.query, inputs.key
+    tangent = lie_mean_tangent(weights, *poses, group, displacement=inputs.displacement, chart=chart, check=check)
+    return weights @ value, tangent
 
 
 def lie_mean_update(
