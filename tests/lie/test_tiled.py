@@ -1,12 +1,15 @@
 """Tiles against the dense float64 reference: values and every gradient, over groups, masks, sizes and dtypes."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from erlangen.lie import GL, SE2, SE3, SO2, SO3, Aff2, Aff3, Product, Sim2, Sim3, Translation, _geometry, _tiled
 from erlangen.lie.attention import lie_attention
+from erlangen.lie.layers import LieTransformer, LieTransformerConfig
 from erlangen.lie.values import lie_attention_tangent
 from erlangen.testing import assert_low_precision
 
@@ -247,3 +250,110 @@ def test_errors(generator):
     (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match='no second derivative: use impl="reference"'):
         gradient.square().sum().backward()
+
+
+# As an operator of torch
+
+
+def operator_arguments(group, generator, *, cross=False, tangents=False, content=False):
+    tensors = problem(group, generator, num_keys=7 if cross else None, content=content)
+    pairs = _geometry.pair_geometry(group, "principal", tangents)
+    query = pairs.pack_query(tensors["query"][:, None], None).contiguous()
+    key = pairs.pack_key(tensors["key"][:, None]).contiguous() if cross else None
+    scale = tensors["block_weights"] / tensors["temperature"][:, None]
+    contents = (tensors["content_query"], tensors["content_key"]) if content else (None, None)
+    leaves = [x if x is None else x.requires_grad_() for x in (query, key, scale, tensors["value"], *contents)]
+    return (*leaves, None, str(group), "principal", "error", False, True, tangents)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"cross": True}, {"content": True}, {"cross": True, "tangents": True}],
+    ids=lambda c: " ".join(c) or "self",
+)
+def test_opcheck(case, generator):
+    torch.library.opcheck(torch.ops.erlangen.lie_attention.default, operator_arguments(SE2, generator, **case))
+
+
+@pytest.mark.parametrize("group", [SE2, SE3, Aff2], ids=str)
+def test_the_public_call_compiles_whole(group, generator):
+    torch._dynamo.reset()
+    tensors = problem(group, generator, displaced=True, content=True)
+    names = list(tensors)
+
+    def attend_with(impl):
+        def function(*leaves):
+            arguments = dict(zip(names, leaves))
+            return lie_attention(**arguments, key=arguments["query"], group=group, causal=True, impl=impl)
+
+        return function
+
+    results = []
+    for function in (attend_with("reference"), torch.compile(attend_with("auto"), fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors.values()]
+        out = function(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_transformer_compiles_whole(generator):
+    group = SE3
+    torch._dynamo.reset()
+    config = LieTransformerConfig(group=str(group), feature_dim=3, num_layers=1, num_heads=2, dim=8)
+    model = LieTransformer(config, generator=generator).double()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.pose_step.weight.normal_(0.0, 0.02, generator=generator)
+    features = torch.randn(2, 9, 3, generator=generator, dtype=torch.float64)
+    where = poses(group, 2, 9, generator=generator, wide=False)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 6:] = False
+    results = []
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        hidden, moved = function(where, features, mask)
+        (hidden.square().sum() + moved.square().sum()).backward()
+        results.append([hidden, moved, *(p.grad for p in model.parameters())])
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+# Memory
+
+MEMORY = """
+import resource, sys
+import torch
+from erlangen import lie
+
+torch.set_num_threads(1)
+group, size, impl = lie.parse(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+generator = torch.Generator().manual_seed(0)
+
+
+def run(size):
+    poses = group.random(1, size, generator=generator).requires_grad_()
+    value = torch.randn(1, 4, size, 32, generator=generator).requires_grad_()
+    weights, temperature = torch.ones(4, len(group.blocks)), torch.ones(4)
+    lie.lie_attention(
+        poses, poses, value, group=group, block_weights=weights.requires_grad_(),
+        temperature=temperature.requires_grad_(), impl=impl, check=False
+    ).sum().backward()
+
+
+run(64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(size)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def peak_megabytes(group, size, impl):
+    line = [sys.executable, "-c", MEMORY, str(group), str(size), impl]
+    return float(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+
+
+def test_no_matrix_of_all_pairs_is_alive():
+    """At 4096 poses one number a pair and head is 256 MB; measured in processes of their own."""
+    assert peak_megabytes(SE3, 4096, "tiled") < 100
+    assert peak_megabytes(SE3, 1024, "reference") > 100, "the measurement sees dense matrices"
