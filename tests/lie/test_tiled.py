@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from erlangen.lie import GL, SE2, SE3, SO2, SO3, Aff2, Aff3, Product, Sim2, Sim3, Translation, _geometry, _tiled
-from erlangen.lie.attention import lie_attention
+from erlangen.lie.attention import lie_attention, morton_order
 from erlangen.lie.layers import LieTransformer, LieTransformerConfig
 from erlangen.lie.values import lie_attention_tangent
 from erlangen.testing import assert_low_precision
@@ -252,6 +252,94 @@ def test_errors(generator):
         gradient.square().sum().backward()
 
 
+# Skipping
+
+
+def spread(group, generator, num, side):
+    """Poses evenly spread over a cube, in the order of Morton's curve: [1, num, m, m]."""
+    where = group.random(1, num, generator=generator, dtype=torch.float64)
+    where[..., :-1, -1] = side * torch.rand(1, num, group.point_dim, generator=generator, dtype=torch.float64)
+    return where[:, morton_order(where[0], group)]
+
+
+def count_tiles(monkeypatch):
+    """A list that grows by one with each tile."""
+    tiles, norms = [], _tiled._Tiles.norms
+    monkeypatch.setattr(_tiled._Tiles, "norms", lambda *a, **k: tiles.append(1) or norms(*a, **k))
+    return tiles
+
+
+@pytest.mark.parametrize("how", ["self", "cross", "causal", "displaced", "masked"])
+@pytest.mark.parametrize("group", [SE2, SE3, Translation(3), Product(SO3, SE2)], ids=str)
+@pytest.mark.parametrize("share", [1e-2, 1e-6])
+def test_what_is_skipped_is_within_the_share(group, how, share, generator, monkeypatch):
+    tensors = problem(group, generator, num_queries=64, batch=1, displaced=how == "displaced")
+    if isinstance(group, Product):
+        parts = SO3.random(1, 64, generator=generator, dtype=torch.float64), spread(SE2, generator, 64, 40.0)
+        tensors["query"] = group.assemble(*parts)
+    else:
+        tensors["query"] = spread(group, generator, 64, 40.0)
+    if how == "cross":
+        tensors["key"] = tensors["query"].clone()[:, 5:]
+        tensors["value"] = tensors["value"][:, :, 5:]
+    options = {"causal": how == "causal"}
+    if how == "masked":
+        options["mask"] = torch.rand(1, 1, 1, 64, generator=generator) < 0.7
+    exact = attend("tiled", group, tensors, **options)
+    tiles = count_tiles(monkeypatch)
+    found = attend("tiled", group, tensors, skip=share, **options)
+    some = len(tiles)
+    error = (found["output"] - exact["output"]).abs().max()
+    values = tensors["value"]
+    assert error <= share * (values.amax() - values.amin())
+    for name, gradient in exact.items():
+        assert (found[name] - gradient).abs().max() <= 100 * share * gradient.abs().max().clamp(min=1), name
+    tiles.clear()
+    attend("tiled", group, tensors, **(options | {"mask": None}))
+    assert some < 0.9 * len(tiles) * (2 if how == "masked" else 1), "a mask costs the symmetry"
+
+
+def test_a_share_of_zero_is_exact_and_near_poses_are_never_skipped(generator):
+    tensors = problem(SE2, generator, num_queries=24)
+    expected = attend("tiled", SE2, tensors)
+    for share in (0.0, 1e-12):
+        found = attend("tiled", SE2, tensors, skip=share)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_mortons_order_puts_neighbours_together(generator):
+    where = SE2.random(4096, generator=generator, dtype=torch.float64)
+    where[:, :2, 2] = torch.rand(4096, 2, generator=generator, dtype=torch.float64)
+    order = morton_order(where, SE2)
+    assert order.sort().values.equal(torch.arange(4096))
+    blocks = where[order, :2, 2].unflatten(0, (16, 256))
+    area = (blocks.amax(1) - blocks.amin(1)).prod(-1)
+    assert area.sum() < 2.5, "boxes of sixteen blocks; in random order each covers all"
+    assert torch.equal(morton_order(torch.stack([where, where.flip(0)]), SE2)[0], order)
+
+
+@pytest.mark.parametrize(
+    ("group", "options", "message"),
+    [
+        (SE2, {"skip": -0.1}, "at least 0 and below 1"),
+        (SO3, {"skip": 0.1}, "SO3 has no bound"),
+        (Aff2, {"skip": 0.1, "impl": "tiled"}, "Aff2 has no bound"),
+        (SE2, {"skip": 0.1, "impl": "reference"}, "only tiles can be skipped"),
+        (SE2, {"skip": 0.1, "content": True}, "content scores have no bound"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_skipped_says_so(group, options, message, generator):
+    tensors = problem(group, generator, content=options.pop("content", False))
+    with pytest.raises(ValueError, match=message):
+        lie_attention(**tensors, key=tensors["query"], group=group, **options)
+
+
+def test_rotations_have_no_order():
+    with pytest.raises(ValueError, match="SO3 has no translations"):
+        morton_order(torch.eye(3).expand(4, 3, 3), SO3)
+
+
 # As an operator of torch
 
 
@@ -263,7 +351,7 @@ def operator_arguments(group, generator, *, cross=False, tangents=False, content
     scale = tensors["block_weights"] / tensors["temperature"][:, None]
     contents = (tensors["content_query"], tensors["content_key"]) if content else (None, None)
     leaves = [x if x is None else x.requires_grad_() for x in (query, key, scale, tensors["value"], *contents)]
-    return (*leaves, None, str(group), "principal", "error", False, True, tangents)
+    return (*leaves, None, str(group), "principal", "error", False, True, tangents, 0.0)
 
 
 @pytest.mark.parametrize(

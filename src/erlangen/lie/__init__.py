@@ -11,6 +11,7 @@ from .affine import Translation as Translation
 from .attention import lie_attention as lie_attention
 from .attention import lie_scores as lie_scores
 from .attention import lie_weights as lie_weights
+from .attention import morton_order as morton_order
 from .groups import GL as GL
 from .groups import SE2 as SE2
 from .groups import SE3 as SE3

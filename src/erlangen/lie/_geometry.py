@@ -74,6 +74,12 @@ class PairGeometry(ABC):
     def vjp(self, saved: tuple, grads: list[Tensor], room: "Room") -> tuple[Tensor, Tensor]:
         """Gradients of the packed queries and keys, given those of the arrays. It overwrites what was saved."""
 
+    def positions(self, packed: Tensor) -> list[tuple[int, Tensor]]:
+        """Indices of blocks k, and positions [B, G, n, N] of the packed poses: array k of two of them is no less than
+        the squared distance between their positions. Empty where there is no such block.
+        """
+        return []
+
     def inside(self, query: Tensor, key: Tensor) -> Tensor:
         """Whether each pair is in the chart, bool [B, G, Q, K]; only where not ``is_fast``."""
         raise NotImplementedError
@@ -176,6 +182,11 @@ def _difference_gradients(grads: list[Tensor], displaced: bool) -> tuple[Tensor,
     return torch.cat([to_query, to_query], -2) if displaced else to_query, to_key
 
 
+def _where(translations: Tensor, n: int) -> Tensor:
+    """Positions of packed translations: with the offset, where there is one."""
+    return translations if translations.shape[-2] == n else translations[..., :n, :] + translations[..., n:, :]
+
+
 class _Vectors(PairGeometry):
     """Translation(n): ‖d‖²."""
 
@@ -183,6 +194,9 @@ class _Vectors(PairGeometry):
 
     def __init__(self, n: int) -> None:
         self.sizes = (n, 2 * n)
+
+    def positions(self, packed: Tensor) -> list[tuple[int, Tensor]]:
+        return [(0, _where(packed, self.sizes[0]))]
 
     def pack_query(self, pose: Tensor, displacement: Tensor | None) -> Tensor:
         return torch.cat(_displaced(pose, displacement), -2)
@@ -254,6 +268,9 @@ class _Plane(PairGeometry):
         self.factors = (8 * math.pi**2, 1.0) if affine else (8 * math.pi**2,)
         self.sizes = (3, 5) if affine else (1, 1)
 
+    def positions(self, packed: Tensor) -> list[tuple[int, Tensor]]:
+        return [(1, _where(packed[..., 1:, :], 2))] if self.affine else []
+
     def _turns(self, pose: Tensor) -> Tensor:
         sine, cosine = pose[..., 1, 0] - pose[..., 0, 1], pose[..., 0, 0] + pose[..., 1, 1]
         return (torch.atan2(sine, cosine) / (2 * math.pi))[..., None, :]
@@ -310,6 +327,10 @@ class _Space(PairGeometry):
         self.affine = affine
         self.factors = (16.0, 2.0) if affine else (16.0,)
         self.sizes = (7, 10) if affine else (4, 4)
+
+    def positions(self, packed: Tensor) -> list[tuple[int, Tensor]]:
+        # array 1 is half of the squared norm
+        return [(1, _where(packed[..., 4:, :], 3) * 0.5**0.5)] if self.affine else []
 
     def _quaternions(self, pose: Tensor) -> Tensor:
         return _quaternion.from_matrix(pose[..., :3, :3])
@@ -423,6 +444,13 @@ class _Product(PairGeometry):
         self.factors = tuple(f for part in parts for f in part.factors)
         plain, displaced = zip(*(part.sizes for part in parts))
         self.sizes = (sum(plain), sum(displaced))
+
+    def positions(self, packed: Tensor) -> list[tuple[int, Tensor]]:
+        found, start = [], 0
+        for part, numbers in zip(self.parts, self._split(packed)):
+            found += [(start + k, where) for k, where in part.positions(numbers)]
+            start += len(part.factors)
+        return found
 
     def _split(self, packed: Tensor) -> tuple[Tensor, ...]:
         which = self.sizes.index(packed.shape[-2])

@@ -10,6 +10,11 @@ logarithm of each row's normaliser only. What is different for a proximity kerne
 - Where queries are the keys the scores are symmetric: a tile serves its transpose too, which halves everything but the
   products with the values; and the two products of the backward pass become one of twice the inner length.
 
+Tiles that are far away may be skipped. Translation alone bounds a score, so the boxes around two blocks of poses bound
+all scores between them; a tile is left out where the bounds prove that all that is left out of a row together weighs at
+most a share ε of it. Queries that are the keys weigh 1 themselves, elsewhere the nearest tiles come first and tell what
+the row weighs at least. So an output is off by at most ε times the spread of the values.
+
 Weights below exp(−80) of the largest possible (exp(−650) in float64) count as that, far below any rounding: denormal
 numbers, and the exponential of −∞, are many times slower.
 
@@ -57,6 +62,7 @@ class _Tiles:
         causal: bool,
         check: bool,
         tangents: bool,
+        skip: float,
     ) -> None:
         self.group, self.chart, self.outside, self.check = parse(group), chart, outside, check
         self.geometry = pair_geometry(self.group, chart, tangents)
@@ -80,7 +86,7 @@ class _Tiles:
         if key_BGPM is None and not causal and self.content is None and self.geometry.is_fast:
             if mask is None:
                 self.symmetric = True
-            elif mask.shape[1] == mask.shape[2] == 1:
+            elif mask.shape[1] == mask.shape[2] == 1 and skip == 0:
                 self.symmetric = True
                 kept = mask[:, 0, 0].to(value_BHMD.dtype).expand(self.batch, -1)
                 self.kept = kept.repeat_interleave(self.num_heads, 0)[..., None]  # [B·H, M, 1]
@@ -88,6 +94,23 @@ class _Tiles:
         self.side = self.geometry.tile if query_BGPN.shape[1] == 1 else min(self.geometry.tile, 128)
         tile = self.num_heads * min(self.side, self.num_queries) * min(self.side, self.num_keys)
         self.batch_step = max(1, _ELEMENTS // max(1, tile))
+        self.skip = skip
+        self.bounds = self._bounds() if skip > 0 and self.num_queries and self.num_keys else None
+
+    def _bounds(self) -> Tensor:
+        """Upper bounds of the scores between blocks, [B, H, blocks of queries, blocks of keys]."""
+        total = self.value.new_zeros(self.batch, self.num_heads, 1, 1)
+        of_keys = self.geometry.positions(self.key)
+        for (k, queries), (_, keys) in zip(self.geometry.positions(self.query), of_keys):
+            boxes = [[part.aminmax(dim=-1) for part in where.split(self.side, -1)] for where in (queries, keys)]
+            (low_q, high_q), (low_k, high_k) = (
+                (torch.stack([b.min for b in side], -2), torch.stack([b.max for b in side], -2)) for side in boxes
+            )
+            gap = torch.maximum(low_k[:, :, None] - high_q[..., None, :], low_q[..., None, :] - high_k[:, :, None])
+            # a little less, for the rounding of the scores
+            square = gap.clamp(min=0).square().sum(-1) * (1 - 1e-4)
+            total = total - square * self.scale[:, k, None, None]
+        return total
 
     def batches(self) -> Iterator[slice]:
         for start in range(0, self.batch, self.batch_step):
@@ -108,6 +131,32 @@ class _Tiles:
         """The blocks of keys that some query of the rows may see."""
         last = rows.stop + self.num_keys - self.num_queries if self.causal else self.num_keys
         return [block for block in self.blocks(self.num_keys) if block.start < last]
+
+    def near_columns(self, batch: slice, rows: slice, log_sum: Tensor) -> Iterator[slice]:
+        """Of ``columns`` those that cannot be skipped, the nearest first.
+
+        Args:
+            batch, rows: the queries.
+            log_sum: logarithms of lower bounds of their sums of weights, [b·H, q, 1]; looked at before each block.
+        """
+        columns = self.columns(rows)
+        if self.bounds is None:
+            yield from columns
+            return
+        bounds = self.bounds[batch, :, rows.start // self.side, : len(columns)].flatten(0, 1)  # [b·H, blocks]
+        order = bounds.amax(0).argsort(descending=True).tolist()
+        sizes = bounds.new_tensor([columns[c].stop - columns[c].start for c in order])
+        left = (bounds[:, order].double() + sizes.log()).flip(-1).logcumsumexp(-1).flip(-1)  # of each and all after it
+        for place, c in enumerate(order):
+            if bool((left[:, place] <= log_sum.amin((1, 2)) + math.log(self.skip)).all()):
+                return
+            yield columns[c]
+
+    def far(self, batch: slice, i: int, j: int) -> bool:
+        """Whether blocks i and j may be skipped where each query has a weight of 1, its own."""
+        return self.bounds is not None and bool(
+            (self.bounds[batch, :, i, j] <= math.log(self.skip / self.num_keys)).all()
+        )
 
     def norms(self, batch: slice, rows: slice, columns: slice, *, keep: bool = False) -> tuple[list[Tensor], tuple]:
         """Those of `PairGeometry.norms`; the room is cleared for them."""
@@ -221,6 +270,8 @@ class _Tiles:
         blocks = self.blocks(self.num_queries)
         for i, rows in enumerate(blocks):
             for j, columns in enumerate(blocks[i:], i):
+                if self.far(batch, i, j):
+                    continue
                 weights = self.exp_(self.scores(self.norms(batch, rows, columns)[0]))
                 add(weights, i, j)
                 if j > i:
@@ -237,13 +288,14 @@ class _Tiles:
         they cannot be trusted.
         """
         part, tangent, total = self._zeros(batch, rows)
-        for columns, value in zip(self.columns(rows), values):
+        log_total = total.log()
+        for columns in self.near_columns(batch, rows, log_total):
             arrays, saved = self.norms(batch, rows, columns)
             weights = self.hide(self.exp_(self.scores(arrays)), batch, rows, columns, 0.0)
             total.add_(weights.sum(-1, keepdim=True))
-            part.baddbmm_(weights, value)
+            part.baddbmm_(weights, values[columns.start // self.side])
             self._add_tangents(tangent, weights, saved)
-        log_total = total.log()
+            torch.log(total, out=log_total)
         return (part.div_(total), tangent.div_(total), log_total) if self._is_trusted(log_total) else None
 
     def _forward_rows_with_maximum(
@@ -357,6 +409,8 @@ class _Tiles:
         blocks = self.blocks(self.num_queries)
         for i, rows in enumerate(blocks):
             for j, columns in enumerate(blocks[i:], i):
+                if self.far(batch, i, j):
+                    continue
                 arrays, saved = self.norms(batch, rows, columns, keep=True)
                 weights = self.exp_(self.scores(arrays))
                 to_values[j].baddbmm_(weights.mT, grads[i])
@@ -386,7 +440,8 @@ class _Tiles:
             over = (-log_sum).exp()
             grad, grad_tangent, dot = grad * over, grad_tangent * over, dot * over
         by_head = grad_tangent.unflatten(0, (-1, self.num_heads))
-        for columns, value, to_value in zip(self.columns(rows), values, to_values):
+        for columns in self.near_columns(batch, rows, log_sum) if trusted else self.columns(rows):
+            value, to_value = (x[columns.start // self.side] for x in (values, to_values))
             arrays, saved = self.norms(batch, rows, columns, keep=True)
             scores = self.scores(arrays)
             self.add_content(scores, batch, rows, columns)
@@ -458,14 +513,15 @@ def _attend(
     causal: bool,
     check: bool,
     tangents: bool,
+    skip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _Tiles(
-        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents
+        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents, skip
     ).forward()
 
 
 @_attend.register_fake
-def _(query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents):
+def _(query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents, skip):
     shape = (*value.shape[:2], query.shape[-1])
     dim = parse(group).dim if tangents else 0
     return value.new_empty(*shape, value.shape[-1]), value.new_empty(*shape, dim), value.new_empty(*shape)
@@ -490,27 +546,28 @@ def _attend_backward(
     outside: str,
     causal: bool,
     tangents: bool,
+    skip: float,
     need_poses: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _Tiles(
-        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False, tangents
+        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False, tangents, skip
     ).backward(grad, grad_tangent, output, tangent, log_sum, need_poses, need_scale)
 
 
 @_attend_backward.register_fake
 def _(
     grad, grad_tangent, output, tangent, log_sum, query, key, scale, value, content_query, content_key, mask,
-    group, chart, outside, causal, tangents, need_poses, need_scale,
+    group, chart, outside, causal, tangents, skip, need_poses, need_scale,
 ):  # fmt: skip
     likely = (key, scale, value, content_query, content_key)
     return torch.empty_like(query), *(value.new_empty(0) if x is None else torch.empty_like(x) for x in likely)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, group, chart, outside, causal, _, tangents = inputs
+    *tensors, group, chart, outside, causal, _, tangents, skip = inputs
     ctx.save_for_backward(*output, *tensors)
-    ctx.settings = (group, chart, outside, causal, tangents)
+    ctx.settings = (group, chart, outside, causal, tangents, skip)
 
 
 def _backward(ctx, grad, grad_tangent, _):
@@ -518,7 +575,7 @@ def _backward(ctx, grad, grad_tangent, _):
     grads = _attend_backward(
         grad.contiguous(), grad_tangent.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0] or needs[1], needs[2]
     )
-    return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 7
+    return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 8
 
 
 def _no_second_derivative(ctx, *_):
@@ -546,6 +603,7 @@ def tiled_attention(
     causal: bool = False,
     check: bool = True,
     tangents: bool = False,
+    skip: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention in tiles.
 
@@ -556,6 +614,7 @@ def tiled_attention(
         value: [B, H, M, D], finite also where the mask hides it.
         content_query, content_key, mask, outside, causal, check: as in `lie_attention`.
         tangents: give the mean tangent vectors too; the packing is that of the geometry with tangents then.
+        skip: ε, the share of a row's weight that may be left out; for geometries that have positions, without content.
 
     Returns:
         [B, H, N, D], and [B, H, N, dim] (or of width 0).
@@ -564,6 +623,6 @@ def tiled_attention(
     output, tangent, _ = _attend(
         query.contiguous(), None if key is None else key.contiguous(), scale * factors, value.contiguous(),
         content_query, content_key, mask, str(group), chart, outside, causal, check,
-        tangents,
+        tangents, skip,
     )  # fmt: skip
     return output, tangent

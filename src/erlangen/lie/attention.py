@@ -124,6 +124,7 @@ def lie_attention(
     chart: str = "principal",
     outside: Outside = "error",
     check: bool = True,
+    skip: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
     """Attention with the scores of :func:`lie_scores`: the output is invariant when one h moves all poses.
@@ -133,6 +134,10 @@ def lie_attention(
             Pass one tensor as query and key where they are the same: the scores are symmetric then, which saves time.
         value: payload [B, H, M, D] that does not transform with the poses; see ``values`` for payloads that do.
         content_query, content_key, causal, mask: as in :func:`lie_weights`.
+        skip: ε, the share of each query's weight that may be left out, for speed: what is too far away to matter, as
+            far as its translation proves. Each output is off by at most ε (max value − min value). For groups with a
+            rotation and a translation, or one of them (SE2, SE3, Translation, products), without content, in tiles.
+            It pays if tokens near in space are near in order: see `morton_order`.
         impl: "reference" computes the dense scores with plain operations and can be differentiated twice; "tiled" needs
             memory for a few tiles of pairs only and is one operator to ``torch.compile``; "auto" is "tiled", save for
             groups that have no formulas of their own there while all pairs are few (at most 512 × 512 a head).
@@ -150,9 +155,38 @@ def lie_attention(
         content_query, content_key, causal, mask,
     )  # fmt: skip
     value = inputs.checked_value(value)
-    if inputs.chosen(impl) == "reference":
+    impl = inputs.chosen(impl)
+    if skip:
+        _expect_skippable(skip, impl, inputs)
+    if impl == "reference":
         return dense_weights(inputs) @ value
-    return tiled(inputs, value)[0]
+    return tiled(inputs, value, skip=skip)[0]
+
+
+def morton_order(poses: Tensor, group: Group) -> Tensor:
+    """The order of poses along a space-filling curve (Morton's) through their positions: int64 [..., N].
+
+    Neighbours in this order are neighbours in space, for the most part, so that ``skip`` of `lie_attention` finds whole
+    tiles to leave out: ``order = morton_order(poses, group)``, then ``poses[order]``.
+
+    Args:
+        poses: [..., N, m, m].
+        group: one whose elements move a point, the origin: not the rotations alone.
+
+    Raises:
+        ValueError: the group has no translations.
+    """
+    if not any(block.split(".")[-1] == "translation" for block in group.blocks):
+        raise ValueError(f"{group} has no translations, and so no positions to put into an order")
+    points = group.act(poses.detach(), poses.new_zeros(group.point_dim)).double()
+    low, high = points.amin(-2, keepdim=True), points.amax(-2, keepdim=True)
+    bits = min(16, 62 // group.point_dim)
+    cell = ((points - low) / (high - low).amax(-1, keepdim=True).clamp(min=1e-300) * (2**bits - 1)).long()
+    code = torch.zeros_like(cell[..., 0])
+    for bit in range(bits):
+        for axis in range(group.point_dim):
+            code |= ((cell[..., axis] >> bit) & 1) << (bit * group.point_dim + axis)
+    return code.argsort(-1)
 
 
 class Inputs:
@@ -251,7 +285,23 @@ class Inputs:
         return content_query, content_key
 
 
-def tiled(inputs: Inputs, value: Tensor, tangents: bool = False) -> tuple[Tensor, Tensor]:
+def _expect_skippable(skip: float, impl: str, inputs: Inputs) -> None:
+    group = inputs.group
+    if not 0 <= skip < 1:
+        raise ValueError(f"skip must be a share of at least 0 and below 1, received {skip:g}")
+    if inputs.content is not None:
+        raise ValueError("content scores have no bound, so nothing can be skipped: pass skip=0, or no content")
+    if impl == "reference":
+        raise ValueError('only tiles can be skipped: pass impl="tiled", or skip=0')
+    pairs = pair_geometry(group, inputs.chart)
+    if not pairs.is_fast or "translation" not in " ".join(group.blocks):
+        raise ValueError(
+            f"{group} has no bound of its scores by translations: pass skip=0; SE2, SE3, Translation(n) and products "
+            "of these and rotations have one"
+        )
+
+
+def tiled(inputs: Inputs, value: Tensor, tangents: bool = False, skip: float = 0.0) -> tuple[Tensor, Tensor]:
     """Output [B, H, N, D], and mean tangent vectors [B, H, N, dim] if they are asked for."""
     pairs = pair_geometry(inputs.group, inputs.chart, tangents)
     with torch.autocast(value.device.type, enabled=False):
@@ -276,6 +326,7 @@ def tiled(inputs: Inputs, value: Tensor, tangents: bool = False) -> tuple[Tensor
             causal=inputs.causal,
             check=inputs.check,
             tangents=tangents,
+            skip=skip,
         )
 
 
