@@ -152,11 +152,16 @@ class _Tiles:
                 return
             yield columns[c]
 
-    def far(self, batch: slice, i: int, j: int) -> bool:
-        """Whether blocks i and j may be skipped where each query has a weight of 1, its own."""
-        return self.bounds is not None and bool(
-            (self.bounds[batch, :, i, j] <= math.log(self.skip / self.num_keys)).all()
-        )
+    def pairs(self, batch: slice) -> Iterator[tuple[int, slice, int, slice]]:
+        """Blocks i <= j with their slices, without those that may be skipped where each query weighs 1 itself."""
+        blocks = self.blocks(self.num_queries)
+        near = None
+        if self.bounds is not None:
+            near = (self.bounds[batch] > math.log(self.skip / self.num_keys)).flatten(0, 1).any(0).tolist()
+        for i, rows in enumerate(blocks):
+            for j, columns in enumerate(blocks[i:], i):
+                if near is None or near[i][j]:
+                    yield i, rows, j, columns
 
     def norms(self, batch: slice, rows: slice, columns: slice, *, keep: bool = False) -> tuple[list[Tensor], tuple]:
         """Those of `PairGeometry.norms`; the room is cleared for them."""
@@ -267,15 +272,11 @@ class _Tiles:
             else:
                 totals[i].baddbmm_(weights, kept[j])
 
-        blocks = self.blocks(self.num_queries)
-        for i, rows in enumerate(blocks):
-            for j, columns in enumerate(blocks[i:], i):
-                if self.far(batch, i, j):
-                    continue
-                weights = self.exp_(self.scores(self.norms(batch, rows, columns)[0]))
-                add(weights, i, j)
-                if j > i:
-                    add(weights.mT, j, i)
+        for i, rows, j, columns in self.pairs(batch):
+            weights = self.exp_(self.scores(self.norms(batch, rows, columns)[0]))
+            add(weights, i, j)
+            if j > i:
+                add(weights.mT, j, i)
         total = torch.cat(totals, 1)
         torch.log(total[..., 0], out=log_sum)
         if not self._is_trusted(log_sum):
@@ -406,21 +407,18 @@ class _Tiles:
         right = self.cut(torch.cat([value, grad, kept, -dot], -1))
         grads = self.cut(grad)
         to_values = [torch.zeros_like(g) for g in grads]
-        blocks = self.blocks(self.num_queries)
-        for i, rows in enumerate(blocks):
-            for j, columns in enumerate(blocks[i:], i):
-                if self.far(batch, i, j):
-                    continue
-                arrays, saved = self.norms(batch, rows, columns, keep=True)
-                weights = self.exp_(self.scores(arrays))
-                to_values[j].baddbmm_(weights.mT, grads[i])
-                if j > i:
-                    to_values[i].baddbmm_(weights, grads[j])
-                else:
-                    weights.mul_(0.5)  # on the diagonal each pair comes twice
-                if self.need_poses or self.need_scale:
-                    to_scores = torch.bmm(left[i], right[j].mT, out=self.weight_room(1, *weights.shape)).mul_(weights)
-                    self._to_geometry(to_scores, arrays, saved, batch, rows, columns)
+        for i, rows, j, columns in self.pairs(batch):
+            arrays, saved = self.norms(batch, rows, columns, keep=True)
+            weights = self.exp_(self.scores(arrays))
+            to_values[j].baddbmm_(weights.mT, grads[i])
+            if j > i:
+                to_values[i].baddbmm_(weights, grads[j])
+            else:
+                weights.mul_(0.5)  # on the diagonal each pair comes twice
+            if self.need_poses or self.need_scale:
+                room = self.weight_room(1, *weights.shape)
+                to_scores = torch.bmm(left[i], right[j].mT, out=room).mul_(weights)
+                self._to_geometry(to_scores, arrays, saved, batch, rows, columns)
         return to_values
 
     def _backward_rows(
