@@ -23,6 +23,7 @@ tile. Numbers come before poses, [B, G, P, N], so that a row of a tile is contig
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -217,24 +218,23 @@ class _Vectors(PairGeometry):
 # Polynomials
 
 
-def _nodes(degree: int, high: float) -> np.ndarray:
-    return high / 2 * (1 + np.polynomial.chebyshev.chebpts1(degree + 1))
-
-
-def _with_derivative(values: np.ndarray, nodes: np.ndarray, high: float, like: Tensor) -> tuple[list[Tensor], ...]:
-    """Coefficients of the interpolant and of its derivative, as tensors [] of the dtype and on the device."""
-    fit = np.polynomial.Chebyshev.fit(nodes, values, len(nodes) - 1, domain=[0, high])
-    coefficients = fit.convert(kind=np.polynomial.Polynomial).coef
-    return tuple(
-        [like.new_tensor(c) for c in cs] for cs in (coefficients, np.polynomial.polynomial.polyder(coefficients))
+def _with_derivative(
+    function: Callable[[np.ndarray], np.ndarray], high: float, degree: int, dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], ...]:
+    """Coefficients [] of the interpolant on [0, high], and of that of the derivative, of one degree less."""
+    exact = np.polynomial.Chebyshev.interpolate(function, 32, domain=[0, high])
+    fits = (
+        np.polynomial.Chebyshev.interpolate(f, d, domain=[0, high]).convert(kind=np.polynomial.Polynomial)
+        for f, d in ((function, degree), (exact.deriv(), degree - 1))
     )
+    return tuple([torch.tensor(c, dtype=dtype, device=device) for c in fit.coef] for fit in fits)
 
 
 @cache
 def _plane_polynomial(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], ...]:
     """G as a polynomial of the squared angle in turns, on [0, 1/4], and its derivative."""
-    nodes = _nodes(7 if dtype == torch.float32 else 15, 0.25)
-    return _with_derivative(np.sinc(np.sqrt(nodes)) ** -2, nodes, 0.25, torch.empty((), dtype=dtype, device=device))
+    degree = 7 if dtype == torch.float32 else 15
+    return _with_derivative(lambda x: np.sinc(np.sqrt(x)) ** -2, 0.25, degree, dtype, device)
 
 
 @cache
@@ -244,9 +244,8 @@ def _space_polynomial(dtype: torch.dtype, device: torch.device) -> tuple[list[Te
     From the series asin²(√z) = ½ Σ_n (4 z)ⁿ / (n² C(2n, n)), n from 1.
     """
     series = [2.0**n / (n * n * math.comb(2 * n, n)) for n in range(2, 70)]
-    nodes = _nodes(9 if dtype == torch.float32 else 21, 1.0)
-    values = np.polynomial.polynomial.polyval(nodes, series)
-    return _with_derivative(values, nodes, 1.0, torch.empty((), dtype=dtype, device=device))
+    degree = 7 if dtype == torch.float32 else 21
+    return _with_derivative(lambda y: np.polynomial.polynomial.polyval(y, series), 1.0, degree, dtype, device)
 
 
 def _evaluate(coefficients: list[Tensor], x: Tensor, out: Tensor) -> Tensor:
@@ -366,10 +365,11 @@ class _Space(PairGeometry):
         room.let_go(*m, *d)
         rest = torch.sub(query.two, y, out=room()).reciprocal_()
         stretch = torch.mul(ratio, rest, out=room())
-        bend = torch.add(q, 0.5, out=room()).mul_(rest).mul_(rest)
-        translation = torch.mul(along, along, out=room()).mul_(bend)
-        torch.addcmul(translation.neg_(), square, stretch, out=translation)
-        return [rotation, translation], (*saved, d, square, along, rest, stretch, bend)
+        # G |d|²/2 − (Q + ½) (m·d)²/(2 − y)²
+        translation = torch.mul(square, stretch, out=room())
+        bent = torch.mul(along, rest, out=room()).square_()
+        translation.addcmul_(q, bent, value=-1).sub_(bent, alpha=0.5)
+        return [rotation, translation], (*saved, d, square, along, rest, stretch)
 
     def vjp(self, saved: tuple, grads: list[Tensor], room: Room) -> tuple[Tensor, Tensor]:
         query, key, w, m, cosine, y, q, ratio, *more = saved
@@ -377,10 +377,12 @@ class _Space(PairGeometry):
         grad_d: list[Tensor] = []
         grad_along = y
         slope = _evaluate(_space_polynomial(y.dtype, y.device)[1], y, room())
+        bend = torch.add(q, 0.5, out=room()) if self.affine else q
         bent = q.addcmul_(y, slope)  # Q + y Q', the derivative of ratio
         grad_y = torch.addcmul(ratio, y, bent, out=room()).mul_(grads[0])
         if self.affine:
-            d, square, along, rest, stretch, bend = more
+            d, square, along, rest, stretch = more
+            bend.mul_(rest).mul_(rest)
             grad = grads[1]
             # of stretch = ratio/(2 − y) and bend = (Q + ½)/(2 − y)², times rest = 1/(2 − y) in turn
             bent.addcmul_(ratio, rest).mul_(rest)
@@ -424,9 +426,10 @@ class _SpaceBlock(Block):
 
 
 def _exact_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b of short rows, [..., Q, 4] and [..., 4, K]; term by term where matrix products may be of low precision."""
+    """a b of short rows, [B, G, Q, 4] and [B, G, 4, K]; term by term where matrix products may be of low precision."""
     if torch.get_float32_matmul_precision() == "highest" and a.device.type == "cpu":
-        return torch.matmul(a, b, out=out)
+        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))  # matmul takes twice as long
+        return out
     torch.mul(a[..., 0, None], b[..., None, 0, :], out=out)
     for c in range(1, a.shape[-1]):
         out.addcmul_(a[..., c, None], b[..., None, c, :])
