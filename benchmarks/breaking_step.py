@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import record
+from erlangen.bench import record
 from erlangen.breaking import break_symmetry
 from erlangen.lm import GPT, preset
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--compile", action="store_true", help="compile both models")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "breaking_step.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "breaking_step.csv")
     arguments = parser.parse_args()
     config = preset(arguments.preset, vocab_size=arguments.vocab)
     context = arguments.context or config.context_length

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-import record
+from erlangen.bench import record
 from erlangen.optim import ECD
+
+RESULTS = Path(__file__).parent / "results"
 
 BASELINE = "sgd momentum foreach"
 
@@ -44,7 +46,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=12, help="transformer blocks (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the parameters live (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "ecd_step.csv", help="CSV file to append to")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ecd_step.csv", help="CSV file to append to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 

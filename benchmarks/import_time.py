@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import record
+from erlangen.bench import record
+
+RESULTS = Path(__file__).parent / "results"
 
 CASES = {
     "torch": "import torch",
@@ -22,7 +24,7 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "import_time.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "import_time.csv")
     arguments = parser.parse_args()
 
     def run(code: str) -> None:

@@ -10,9 +10,11 @@ import json
 import tempfile
 from pathlib import Path
 
-import record
+from erlangen.bench import record
 from erlangen.lm.logs import read_jsonl
 from erlangen.studies.tour import ARMS, execute, run_config
+
+RESULTS = Path(__file__).parent / "results"
 
 SEED = 1000
 GRID = {
@@ -25,7 +27,7 @@ GRID = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=record.RESULTS / "tour_learning_rates.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tour_learning_rates.csv")
     parser.add_argument("--steps", type=int, default=500, help="steps of each run, as in the tour")
     parser.add_argument("--runs", type=Path, help="folder of the runs, kept (default: a temporary one)")
     arguments = parser.parse_args()

@@ -19,7 +19,8 @@ ALLOWED = {
     "report": set(),
     "lm": {"gauge", "breaking", "optim"},
     "studies": {"gauge", "lie", "breaking", "optim", "lm", "report"},
-    "cli": {"gauge", "lie", "breaking", "optim", "lm", "report", "studies"},
+    "bench": {"lie", "report"},
+    "cli": {"gauge", "lie", "breaking", "optim", "lm", "report", "studies", "bench"},
 }
 SHARED = {"_extras", "__version__"}
 

@@ -1,6 +1,7 @@
 """Figures are repeatable, well formed, and meet NaN, one seed and zeros."""
 
 import math
+import re
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_awkward_values_are_drawn_without_a_warning(y, log_y):
 @pytest.mark.parametrize("log_y", [False, True])
 def test_a_single_point_is_drawn(log_y):
     texts(curves([Series("one point", [3], noisy()[:, :1]), Series("zero", [3], [0.0])], log_y=log_y, **LABELS))
+
+
+def test_a_logarithmic_x_axis_is_marked_at_values_of_the_series():
+    sizes = [256, 512, 1024, 2048]
+    series = [Series("a", sizes, [1.0, 2.0, 4.0, 8.0]), Series("b", sizes[:2], [3.0, 9.0])]
+    words = texts(curves(series, log_x=True, log_y=True, **LABELS))
+    assert {"256", "512", "1024", "2048"} <= set(words)
+    ticks = re.findall(r'id="xtick_\d+".*?<use [^>]*x="([\d.]+)"', curves(series, log_x=True, **LABELS), re.S)
+    assert np.allclose(np.diff(np.diff(np.array(ticks, dtype=float))), 0, atol=1e-3), "equal factors, equal distances"
+    texts(curves([Series("one point", [64], [3.0])], log_x=True, log_y=True, **LABELS))
+    with pytest.raises(ValueError, match="x axis has no place for 0"):
+        curves([Series("a", [0, 1], [1.0, 2.0])], log_x=True, **LABELS)
 
 
 def test_one_seed_has_no_band():

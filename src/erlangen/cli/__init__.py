@@ -12,6 +12,7 @@ usage: erlangen COMMAND [options]
 
   tour     train small models, with symmetries broken and lived on, and write a report (about five minutes)
   train    train a language model
+  bench    measure time and memory of attention between poses
 
   erlangen COMMAND --help    options and an example
   erlangen --version
@@ -31,7 +32,13 @@ def _train(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"tour": _tour, "train": _train}
+def _bench(arguments: Sequence[str]) -> int:
+    from .bench import main
+
+    return main(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"tour": _tour, "train": _train, "bench": _bench}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -111,6 +111,7 @@ def curves(
     x_label: str,
     y_label: str,
     title: str = "",
+    log_x: bool = False,
     log_y: bool = False,
     bands: bool = True,
 ) -> str:
@@ -123,6 +124,7 @@ def curves(
         x_label: label of the x axis.
         y_label: label of the y axis, with its unit.
         title: a title inside the figure.
+        log_x: a logarithmic x axis, marked at values of the series.
         log_y: a logarithmic y axis. Zeros are drawn on a floor below the smallest value, which the label states.
         bands: draw the bands.
 
@@ -130,7 +132,7 @@ def curves(
         The SVG.
     """
     panels = {title: series}
-    return _panels(panels, x_label=x_label, y_label=y_label, title="", log_y=log_y, bands=bands, columns=1)
+    return _panels(panels, x_label=x_label, y_label=y_label, title="", log_x=log_x, log_y=log_y, bands=bands, columns=1)
 
 
 def small_multiples(
@@ -139,12 +141,15 @@ def small_multiples(
     x_label: str,
     y_label: str,
     title: str = "",
+    log_x: bool = False,
     log_y: bool = False,
     bands: bool = True,
     columns: int = 2,
 ) -> str:
     """One panel of :func:`curves` for each entry, on the same axes and with one legend."""
-    return _panels(panels, x_label=x_label, y_label=y_label, title=title, log_y=log_y, bands=bands, columns=columns)
+    return _panels(
+        panels, x_label=x_label, y_label=y_label, title=title, log_x=log_x, log_y=log_y, bands=bands, columns=columns
+    )
 
 
 def intervals(rows: Sequence[IntervalRow], *, x_label: str, title: str = "") -> str:
@@ -238,6 +243,7 @@ def _panels(
     x_label: str,
     y_label: str,
     title: str,
+    log_x: bool,
     log_y: bool,
     bands: bool,
     columns: int,
@@ -281,6 +287,8 @@ def _panels(
             _log_axis(grid[0, 0], lowest, highest, clipped)
             if clipped:
                 y_label += f"\n(below {_power(math.log10(lowest))} drawn as 0)"
+        if log_x:
+            _log_x_axis(grid[0, 0], everything, at_most=8 if columns == 1 else 4)
         for row in grid:
             row[0].set_ylabel(y_label)
         for column in range(columns):  # the last panel of a column shows the x axis
@@ -368,6 +376,18 @@ def _log_axis(axes: Any, lowest: float, highest: float, clipped: bool) -> None:
     axes.yaxis.set_major_locator(ticker.FixedLocator(list(ticks)))
     axes.yaxis.set_major_formatter(ticker.FixedFormatter(list(ticks.values())))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
+
+
+def _log_x_axis(axes: Any, series: Iterable[Series], at_most: int) -> None:
+    ticker = require("matplotlib.ticker", "report")
+    values = np.unique(np.concatenate([one.arrays()[0] for one in series]))
+    if values[0] <= 0:
+        raise ValueError(f"a logarithmic x axis has no place for {values[0]:g}: its values must be positive")
+    axes.set_xscale("log")
+    ticks = values[:: -(-len(values) // at_most)]
+    axes.xaxis.set_major_locator(ticker.FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(ticker.FixedFormatter([f"{value:g}" for value in ticks]))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
 def _power(exponent: float) -> str:

@@ -1,6 +1,7 @@
-"""Timing and the one CSV schema that every benchmark here writes."""
+"""Timing, and the one CSV schema that every benchmark of the project writes."""
 
 import csv
+import io
 import json
 import random
 import statistics
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,6 @@ FIELDS = (
     "timestamp",
     "config_json",
 )
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -166,29 +166,54 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: a key is not in ``FIELDS``, or the header of the file differs from ``FIELDS``; nothing is written.
     """
-    common = {
-        "threads": torch.get_num_threads(),
-        "torch_version": torch.__version__,
-        "erlangen_version": erlangen.__version__,
-        "commit": _commit(),
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    common = {**provenance(), "timestamp": datetime.now(UTC).isoformat(timespec="seconds")}
     for row in rows:
         unknown = sorted(set(row) - set(FIELDS))
         if unknown:
             raise ValueError(f"a row has fields that are not in the schema: {', '.join(unknown)}")
-    exists = path.exists() and path.stat().st_size > 0
-    if exists:
-        with path.open(newline="") as file:
-            header = next(csv.reader(file))
-        if header != list(FIELDS):
-            raise ValueError(f"{path} has another header, {','.join(header)}: move it away, or write to another file")
+    before = _text(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n", restval="")
+    if not before:
+        writer.writeheader()
+    elif not before.endswith("\n"):
+        text.write("\n")
+    writer.writerows({**common, **row} for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n", restval="")
-        if not exists:
-            writer.writeheader()
-        writer.writerows({**common, **row} for row in rows)
+        file.write(text.getvalue())  # at once: a process that is stopped leaves whole rows
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file that ``write`` made, none if it is not there. A row that was cut short is left out.
+
+    Raises:
+        ValueError: the header of the file differs from ``FIELDS``.
+    """
+    rows = []
+    for line in _text(path).splitlines()[1:]:
+        values = next(csv.reader([line]))
+        if len(values) == len(FIELDS) and line.count('"') % 2 == 0:
+            rows.append(dict(zip(FIELDS, values)))
+    return rows
+
+
+def provenance() -> dict[str, Any]:
+    """The fields of a row that say which code made it, and with how many threads."""
+    return {
+        "threads": torch.get_num_threads(),
+        "torch_version": torch.__version__,
+        "erlangen_version": erlangen.__version__,
+        "commit": _commit(),
+    }
+
+
+def _text(path: Path) -> str:
+    text = path.read_text() if path.exists() else ""
+    header = text.partition("\n")[0]
+    if text and header != ",".join(FIELDS):
+        raise ValueError(f"{path} has another header, {header}: move it away, or write to another file")
+    return text
 
 
 def _synchronise() -> None:
@@ -196,11 +221,13 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
+@cache
 def _commit() -> str:
-    """The short hash of the commit, with ``+`` if files differ from it; empty outside a repository or before one."""
-    here = Path(__file__).parent
+    """The short hash of the commit, with ``+`` if files differ from it; empty where this file is in no repository."""
+    here = Path(__file__)
     try:
-        text = ["git", "describe", "--always", "--exclude=*", "--dirty=+"]
-        return subprocess.run(text, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        for text in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--exclude=*", "--dirty=+"]):
+            done = subprocess.run(["git", *text], cwd=here.parent, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
