@@ -513,7 +513,7 @@ def change(name, function):
         (change("mask", lambda x: torch.ones(B, H, N, 1, dtype=torch.bool)), r"mask must be bool"),
         (change("chart", lambda x: "other"), r"chart of SE2 must be one of principal, received 'other'"),
         (change("outside", lambda x: "drop"), r"outside must be one of error, mask, received 'drop'"),
-        (change("impl", lambda x: "dense"), r"impl must be one of auto, reference, tiled, received 'dense'"),
+        (change("impl", lambda x: "dense"), r"impl must be one of auto, reference, tiled, triton, received 'dense'"),
         (change("key", lambda x: 2 * x), r"SE2"),
     ],
 )

@@ -243,8 +243,10 @@ def test_tangent_vectors_alone(generator):
 def test_errors(generator):
     tensors = problem(SE2, generator)
     tensors["key"] = tensors["query"]
-    with pytest.raises(ValueError, match="impl must be one of auto, reference, tiled"):
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, tiled, triton"):
         lie_attention(**tensors, group=SE2, impl="fast")
+    with pytest.raises((ValueError, RuntimeError), match='use impl="tiled"'):  # float64, and no GPU: no silent fallback
+        lie_attention(**tensors, group=SE2, impl="triton")
     query = tensors["query"].clone().requires_grad_()
     out = lie_attention(**(tensors | {"query": query, "key": query}), group=SE2, impl="tiled")
     (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)

@@ -19,10 +19,11 @@ from torch import Tensor
 from ._base import Group, outside_message
 from ._geometry import pair_geometry
 from ._tiled import tiled_attention
+from ._triton import triton_attention
 
 Outside = Literal["error", "mask"]
 
-IMPLEMENTATIONS = ("auto", "reference", "tiled")
+IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
 
 
 def lie_scores(
@@ -139,15 +140,17 @@ def lie_attention(
             rotation and a translation, or one of them (SE2, SE3, Translation, products), without content, in tiles.
             It pays if tokens near in space are near in order: see `morton_order`.
         impl: "reference" computes the dense scores with plain operations and can be differentiated twice; "tiled" needs
-            memory for a few tiles of pairs only and is one operator to ``torch.compile``; "auto" is "tiled", save for
-            groups that have no formulas of their own there while all pairs are few (at most 512 × 512 a head).
+            memory for a few tiles of pairs only and is one operator to ``torch.compile``; "triton" is the same in
+            kernels for CUDA, float32, on SO2, SE2, SO3, SE3 and Translation(n); "auto" is "tiled", save for groups that
+            have no formulas of their own there while all pairs are few (at most 512 × 512 a head). No choice falls back
+            to another.
 
     Returns:
         [B, H, N, D]; zero, with zero gradients, for a query that may attend nothing.
 
     Raises:
         ValueError: as :func:`lie_weights`; or the value does not fit, or there is no such implementation.
-        RuntimeError: a second derivative is asked of "tiled".
+        RuntimeError: a second derivative is asked of "tiled" or "triton"; or Triton cannot run here.
     """
     expect_choice("impl", impl, IMPLEMENTATIONS)
     inputs = Inputs(
@@ -160,7 +163,7 @@ def lie_attention(
         _expect_skippable(skip, impl, inputs)
     if impl == "reference":
         return dense_weights(inputs) @ value
-    return tiled(inputs, value, skip=skip)[0]
+    return tiled(inputs, value, skip=skip, triton=impl == "triton")[0]
 
 
 def morton_order(poses: Tensor, group: Group) -> Tensor:
@@ -291,7 +294,7 @@ def _expect_skippable(skip: float, impl: str, inputs: Inputs) -> None:
         raise ValueError(f"skip must be a share of at least 0 and below 1, received {skip:g}")
     if inputs.content is not None:
         raise ValueError("content scores have no bound, so nothing can be skipped: pass skip=0, or no content")
-    if impl == "reference":
+    if impl != "tiled":
         raise ValueError('only tiles can be skipped: pass impl="tiled", or skip=0')
     pairs = pair_geometry(group, inputs.chart)
     if not pairs.is_fast or "translation" not in " ".join(group.blocks):
@@ -301,8 +304,10 @@ def _expect_skippable(skip: float, impl: str, inputs: Inputs) -> None:
         )
 
 
-def tiled(inputs: Inputs, value: Tensor, tangents: bool = False, skip: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Output [B, H, N, D], and mean tangent vectors [B, H, N, dim] if they are asked for."""
+def tiled(
+    inputs: Inputs, value: Tensor, tangents: bool = False, skip: float = 0.0, triton: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, N, D], and mean tangent vectors [B, H, N, dim] if they are asked for (Triton has none)."""
     pairs = pair_geometry(inputs.group, inputs.chart, tangents)
     with torch.autocast(value.device.type, enabled=False):
         query = pairs.pack_query(inputs.query, inputs.displacement)
@@ -312,6 +317,20 @@ def tiled(inputs: Inputs, value: Tensor, tangents: bool = False, skip: float = 0
             heads = max(query.shape[1], key.shape[1])
             query, key = query.expand(-1, heads, -1, -1), key.expand(-1, heads, -1, -1)
         content_query, content_key = inputs.content or (None, None)
+        if triton:
+            output = triton_attention(
+                query,
+                key,
+                inputs.scale_HK,
+                value,
+                group=inputs.group,
+                chart=inputs.chart,
+                content_query=content_query,
+                content_key=content_key,
+                mask=inputs.mask,
+                causal=inputs.causal,
+            )
+            return output, output.new_empty(0)
         return tiled_attention(
             query,
             key,

@@ -111,7 +111,7 @@ def lie_attention_tangent(
     Raises:
         ValueError, RuntimeError: as `lie_attention`.
     """
-    expect_choice("impl", impl, IMPLEMENTATIONS)
+    expect_choice("impl", impl, [name for name in IMPLEMENTATIONS if name != "triton"])
     inputs = Inputs(
         query, key, group, block_weights, temperature, displacement, chart, outside, check,
         content_query, content_key, causal, mask,
