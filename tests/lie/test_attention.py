@@ -527,3 +527,18 @@ def test_no_keys_and_no_queries(generator):
     poses, value = near(SE2, B, N, generator=generator), torch.zeros(B, H, 0, D, dtype=torch.float64)
     assert lie_attention(poses[:, :0], poses[:, :0], value, **options).shape == (B, H, 0, D)
     assert not lie_attention(poses, poses[:, :0], value, **options).any()
+
+
+def test_functional_transforms_are_those_of_autograd(generator):
+    options = settings_of(SE2, generator)
+    value = torch.randn(B, H, N, D, generator=generator, dtype=torch.float64)
+    poses = near(SE2, B, N, generator=generator)
+
+    def loss(query):
+        return lie_attention(query, query, value, **options, check=False).square().sum()
+
+    leaf = poses.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(poses), expected)
+    several = torch.stack([poses, poses.flip(1)])
+    torch.testing.assert_close(torch.func.vmap(loss)(several), torch.stack([loss(x) for x in several]))

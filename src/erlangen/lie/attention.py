@@ -142,8 +142,8 @@ def lie_attention(
         impl: "reference" computes the dense scores with plain operations and can be differentiated twice; "tiled" needs
             memory for a few tiles of pairs only and is one operator to ``torch.compile``; "triton" is the same in
             kernels for CUDA, float32, on SO2, SE2, SO3, SE3 and Translation(n); "auto" is "tiled", save for groups that
-            have no formulas of their own there while all pairs are few (at most 512 × 512 a head). No choice falls back
-            to another.
+            have no formulas of their own there while all pairs are few (at most 512 × 512 a head), and under the
+            transforms of ``torch.func``, which only "reference" knows. No explicit choice falls back to another.
 
     Returns:
         [B, H, N, D]; zero, with zero gradients, for a query that may attend nothing.
@@ -260,7 +260,12 @@ class Inputs:
         """The implementation that "auto" stands for, or the one that was asked for."""
         if impl != "auto":
             return impl
-        few = self.num_queries * self.num_keys <= 512**2 and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():
+            return "tiled"
+        # torch.func (grad, vmap, ...) takes plain operations only, no operator of a library (torch 2.13)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "reference"
+        few = self.num_queries * self.num_keys <= 512**2
         return "reference" if few and not pair_geometry(self.group, self.chart, tangents).is_fast else "tiled"
 
     def _content(
@@ -390,11 +395,16 @@ def _dense_scores(inputs: Inputs) -> tuple[Tensor, Tensor | None]:
 class _TangentGradient(torch.autograd.Function):
     """The identity on poses, whose gradient is brought to the tangent space of the group."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, poses: Tensor, group: Group) -> Tensor:
-        ctx.save_for_backward(poses)
-        ctx.group = group
+    def forward(poses: Tensor, group: Group) -> Tensor:
         return poses.view_as(poses)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Group], output: Tensor) -> None:
+        poses, ctx.group = inputs
+        ctx.save_for_backward(poses)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
