@@ -301,6 +301,28 @@ def test_what_is_skipped_is_within_the_share(group, how, share, generator, monke
     assert some < 0.9 * len(tiles) * (2 if how == "masked" else 1), "a mask costs the symmetry"
 
 
+@pytest.mark.parametrize("group", [SE2, SE3], ids=str)
+@pytest.mark.parametrize("displaced", [False, True])
+def test_far_from_the_origin_a_bound_is_still_one(group, displaced, generator, monkeypatch):
+    """In float32, 10⁵ away: no score of a tile is above what the boxes, here of one pose, promise."""
+    monkeypatch.setattr(_geometry.PairGeometry, "tile", 1)
+    where = spread(group, generator, 16, 4.0)
+    where[..., 0, -1] += 1e5
+    where = where.float()[:, None]
+    displacement = poses(group, H, generator=generator, wide=False).float() if displaced else None
+    pairs = _geometry.pair_geometry(group, "principal")
+    query, key = pairs.pack_query(where, displacement), pairs.pack_key(where)
+    key = key.expand(-1, query.shape[1], -1, -1)
+    scale, value = torch.full((H, len(group.blocks)), 50.0), torch.zeros(1, H, 16, D)
+    tiles = _tiled._Tiles(
+        query, key, scale, value, None, None, None, str(group), "principal", "error", False, False, False, 1e-3
+    )
+    for i, rows in enumerate(tiles.blocks(16)):
+        for j, columns in enumerate(tiles.blocks(16)):
+            highest = tiles.scores(tiles.norms(slice(0, 1), rows, columns)[0]).amax((1, 2))
+            assert (highest <= tiles.bounds[0, :, i, j] + 1e-6).all()
+
+
 def test_a_share_of_zero_is_exact_and_near_poses_are_never_skipped(generator):
     tensors = problem(SE2, generator, num_queries=24)
     expected = attend("tiled", SE2, tensors)

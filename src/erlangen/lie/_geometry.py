@@ -184,7 +184,10 @@ def _difference_gradients(grads: list[Tensor], displaced: bool) -> tuple[Tensor,
 
 
 def _where(translations: Tensor, n: int) -> Tensor:
-    """Positions of packed translations: with the offset, where there is one."""
+    """Positions of packed translations, float64: with the offset, where there is one. In float32 the sum would be
+    rounded far from the origin, and a bound made of it would prove nothing.
+    """
+    translations = translations.double()
     return translations if translations.shape[-2] == n else translations[..., :n, :] + translations[..., n:, :]
 
 

@@ -99,7 +99,7 @@ class _Tiles:
 
     def _bounds(self) -> Tensor:
         """Upper bounds of the scores between blocks, [B, H, blocks of queries, blocks of keys]."""
-        total = self.value.new_zeros(self.batch, self.num_heads, 1, 1)
+        total = self.value.new_zeros(self.batch, self.num_heads, 1, 1, dtype=torch.float64)
         of_keys = self.geometry.positions(self.key)
         for (k, queries), (_, keys) in zip(self.geometry.positions(self.query), of_keys):
             boxes = [[part.aminmax(dim=-1) for part in where.split(self.side, -1)] for where in (queries, keys)]
@@ -120,8 +120,8 @@ class _Tiles:
         """The same part of a tensor whose batch and heads are one axis."""
         return slice(batch.start * self.num_heads, batch.stop * self.num_heads)
 
-    def blocks(self, size: int, start: int = 0) -> list[slice]:
-        return [slice(a, min(a + self.side, size)) for a in range(start, size, self.side)]
+    def blocks(self, size: int) -> list[slice]:
+        return [slice(a, min(a + self.side, size)) for a in range(0, size, self.side)]
 
     def cut(self, tensor: Tensor) -> list[Tensor]:
         """The blocks of [b·H, N, ...], each contiguous: products with strided ones go head by head."""
@@ -146,7 +146,7 @@ class _Tiles:
         bounds = self.bounds[batch, :, rows.start // self.side, : len(columns)].flatten(0, 1)  # [b·H, blocks]
         order = bounds.amax(0).argsort(descending=True).tolist()
         sizes = bounds.new_tensor([columns[c].stop - columns[c].start for c in order])
-        left = (bounds[:, order].double() + sizes.log()).flip(-1).logcumsumexp(-1).flip(-1)  # of each and all after it
+        left = (bounds[:, order] + sizes.log()).flip(-1).logcumsumexp(-1).flip(-1)  # of each and all after it
         for place, c in enumerate(order):
             if bool((left[:, place] <= log_sum.amin((1, 2)) + math.log(self.skip)).all()):
                 return
