@@ -1,6 +1,7 @@
 """Tiles against the dense float64 reference: values and every gradient, over groups, masks, sizes and dtypes."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from erlangen.lie import GL, SE2, SE3, SO2, SO3, Aff2, Aff3, Product, Sim2, Sim3, Translation, _geometry, _tiled
+from erlangen.lie._fused import fused_geometry
 from erlangen.lie.attention import lie_attention, morton_order
 from erlangen.lie.layers import LieTransformer, LieTransformerConfig
 from erlangen.lie.values import lie_attention_tangent
@@ -57,12 +59,13 @@ def problem(group, generator, *, num_queries=10, num_keys=None, batch=2, heads=(
     return out
 
 
-def attend(impl, group, tensors, **options):
+def attend(impl, group, tensors, compiled=False, **options):
     """Output and the gradient of every tensor."""
+    function = torch.compile(lie_attention, backend="eager", fullgraph=True) if compiled else lie_attention
     tensors = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     arguments = dict(tensors)
     arguments.setdefault("key", arguments["query"])
-    out = lie_attention(**arguments, group=group, impl=impl, **options)
+    out = function(**arguments, group=group, impl=impl, **options)
     probe = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
     out.backward(probe + 0.3 * out.detach())
     return {"output": out.detach()} | {name: tensor.grad for name, tensor in tensors.items()}
@@ -315,7 +318,7 @@ def test_far_from_the_origin_a_bound_is_still_one(group, displaced, generator, m
     key = key.expand(-1, query.shape[1], -1, -1)
     scale, value = torch.full((H, len(group.blocks)), 50.0), torch.zeros(1, H, 16, D)
     tiles = _tiled._Tiles(
-        query, key, scale, value, None, None, None, str(group), "principal", "error", False, False, False, 1e-3
+        query, key, scale, value, None, None, None, str(group), "principal", "error", False, False, False, 1e-3, False
     )
     for i, rows in enumerate(tiles.blocks(16)):
         for j, columns in enumerate(tiles.blocks(16)):
@@ -375,7 +378,7 @@ def operator_arguments(group, generator, *, cross=False, tangents=False, content
     scale = tensors["block_weights"] / tensors["temperature"][:, None]
     contents = (tensors["content_query"], tensors["content_key"]) if content else (None, None)
     leaves = [x if x is None else x.requires_grad_() for x in (query, key, scale, tensors["value"], *contents)]
-    return (*leaves, None, str(group), "principal", "error", False, True, tangents, 0.0)
+    return (*leaves, None, str(group), "principal", "error", False, True, tangents, 0.0, False)
 
 
 @pytest.mark.parametrize(
@@ -407,6 +410,64 @@ def test_the_public_call_compiles_whole(group, generator):
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for expected, found in zip(*results):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("group", [SE2, SE3, Product(SO3, Translation(1))], ids=str)
+def test_compiled_calls_fuse_their_tiles(group, generator):
+    torch._dynamo.reset()
+    tensors = problem(group, generator)
+    expected, found = attend("reference", group, tensors), attend("tiled", group, tensors, compiled=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+    fused = fused_geometry(str(group), "principal")
+    assert fused.weigh_full.calls and fused.vjp_full.calls
+
+
+@pytest.mark.parametrize("case", ["displaced", "content", "queries a head"])
+def test_compiled_calls_of_every_kind(case, generator):
+    torch._dynamo.reset()
+    tensors = problem(SE3, generator, **CASES[case])
+    mask = torch.rand(2, 1, 10, tensors["value"].shape[2], generator=generator) < 0.6
+    low = {name: tensor.float() for name, tensor in tensors.items()}
+    expected = attend("reference", SE3, tensors, mask=mask, causal=True)
+    found = attend("tiled", SE3, low, mask=mask, causal=True, compiled=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=2e-4, atol=2e-4)
+
+
+def test_matrix_products_of_low_precision_are_not_used(generator):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert_same(SE3, problem(SE3, generator))
+        assert not isinstance(_geometry.pair_geometry(SE3, "principal").block(torch.rand(1, 1, 7, 4), -1).rows, list)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_beyond_the_limit_of_compilations_tiles_are_not_fused(generator):
+    torch._dynamo.reset()
+    tensors = problem(SE2, generator)
+    expected = attend("reference", SE2, tensors)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        found = attend("tiled", SE2, tensors, compiled=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_without_a_compiler_there_is_a_warning(tmp_path):
+    code = """if True:
+        import torch
+        from erlangen.lie import SE2, lie_attention
+
+        p, v, w, t = SE2.random(1, 9), torch.randn(1, 2, 9, 3), torch.ones(2, 2), torch.ones(2)
+        attend = lambda p: lie_attention(p, p, v, group=SE2, block_weights=w, temperature=t)
+        assert torch.equal(torch.compile(attend, backend="eager")(p), attend(p))
+    """
+    environment = os.environ | {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tiles of lie_attention are not compiled, and slower" in done.stderr
 
 
 def test_the_transformer_compiles_whole(generator):

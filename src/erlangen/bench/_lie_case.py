@@ -16,7 +16,7 @@ from erlangen import lie
 Pass = Literal["forward", "forward + backward"]
 PASSES: tuple[Pass, ...] = ("forward", "forward + backward")
 
-Variant = Literal["dense", "compiled-dense", "tiled", "tiled-skipping", "triton"]
+Variant = Literal["dense", "compiled-dense", "tiled", "compiled-tiled", "tiled-skipping", "triton"]
 YARDSTICK = "sdpa"
 
 GEOMETRY_FLOPS = {"SE2": 20, "SE3": 60}
@@ -76,7 +76,9 @@ class Case:
         }
 
     def _attend(self, group: lie.Group) -> Callable[..., Tensor]:
-        options: dict[str, Any] = {"impl": "reference" if "dense" in self.variant else self.variant.partition("-")[0]}
+        options: dict[str, Any] = {
+            "impl": "reference" if "dense" in self.variant else "triton" if self.variant == "triton" else "tiled"
+        }
         if self.variant == "tiled-skipping":
             options["skip"] = self.skip
 
@@ -85,7 +87,7 @@ class Case:
                 poses, poses, value, group=group, block_weights=block_weights, temperature=temperature, **options
             )
 
-        return torch.compile(attend, fullgraph=True, dynamic=False) if self.variant == "compiled-dense" else attend
+        return torch.compile(attend, fullgraph=True, dynamic=False) if self.variant.startswith("compiled") else attend
 
     def poses(self, group: lie.Group) -> Tensor:
         """[B, N, m, m] float64: translations uniform in a box of as many unit cells as poses, a cell ``spacing`` wide.

@@ -50,7 +50,7 @@ class LieBenchConfig:
     """Groups of the poses, by name."""
     sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     """Numbers of poses N."""
-    variants: tuple[Variant, ...] = ("dense", "tiled", "tiled-skipping", "triton")
+    variants: tuple[Variant, ...] = ("dense", "tiled", "compiled-tiled", "tiled-skipping", "triton")
     """Implementations, beside SDPA. "compiled-dense" takes a minute a size to compile."""
     num_heads: int = 8
     head_dim: int = 32
@@ -204,7 +204,7 @@ class _Bench:
         if all(self._is_number(key) and int(self.rows[key]["rounds"]) == self.config.rounds for key in needed):
             return
         self.progress(f"time, {group}, N = {size}, {which}", self.done, self.total)
-        if "compiled-dense" in keys:
+        if any(variant.startswith("compiled") for variant in keys):
             torch.compiler.reset()  # else one function would be compiled for too many sizes
         calls = {variant: self._case(group, size, variant).passes()[which] for variant in keys}
         baseline = YARDSTICK if YARDSTICK in calls else "matmul"

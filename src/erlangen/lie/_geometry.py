@@ -24,7 +24,8 @@ tile. Numbers come before poses, [B, G, P, N], so that a row of a tile is contig
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -221,38 +222,52 @@ class _Vectors(PairGeometry):
 # Polynomials
 
 
-def _with_derivative(
-    function: Callable[[np.ndarray], np.ndarray], high: float, degree: int, dtype: torch.dtype, device: torch.device
-) -> tuple[list[Tensor], ...]:
-    """Coefficients [] of the interpolant on [0, high], and of that of the derivative, of one degree less."""
+Polynomial = tuple[float, ...]
+"""Coefficients, the constant first."""
+
+
+def _with_derivative(function: Callable[[np.ndarray], np.ndarray], high: float, degree: int) -> tuple[Polynomial, ...]:
+    """The interpolant on [0, high], and that of the derivative, of one degree less."""
     exact = np.polynomial.Chebyshev.interpolate(function, 32, domain=[0, high])
     fits = (
         np.polynomial.Chebyshev.interpolate(f, d, domain=[0, high]).convert(kind=np.polynomial.Polynomial)
         for f, d in ((function, degree), (exact.deriv(), degree - 1))
     )
-    return tuple([torch.tensor(c, dtype=dtype, device=device) for c in fit.coef] for fit in fits)
+    return tuple(tuple(float(c) for c in fit.coef) for fit in fits)
 
 
-@cache
-def _plane_polynomial(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], ...]:
-    """G as a polynomial of the squared angle in turns, on [0, 1/4], and its derivative."""
-    degree = 7 if dtype == torch.float32 else 15
-    return _with_derivative(lambda x: np.sinc(np.sqrt(x)) ** -2, 0.25, degree, dtype, device)
+def _plane_polynomials() -> dict[torch.dtype, tuple[Polynomial, ...]]:
+    """G as a polynomial of the squared angle in turns, on [0, 1/4], and its derivative, to rounding of each dtype."""
+    degrees = {torch.float32: 7, torch.float64: 15}
+    return {dtype: _with_derivative(lambda x: np.sinc(np.sqrt(x)) ** -2, 0.25, n) for dtype, n in degrees.items()}
 
 
-@cache
-def _space_polynomial(dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], ...]:
-    """Q(y) = (2 asin²(√z)/y − 1)/y, z = y/2, on [0, 1], and its derivative.
+def _space_polynomials() -> dict[torch.dtype, tuple[Polynomial, ...]]:
+    """Q(y) = (2 asin²(√z)/y − 1)/y, z = y/2, on [0, 1], and its derivative, to rounding of each dtype.
 
     From the series asin²(√z) = ½ Σ_n (4 z)ⁿ / (n² C(2n, n)), n from 1.
     """
     series = [2.0**n / (n * n * math.comb(2 * n, n)) for n in range(2, 70)]
-    degree = 7 if dtype == torch.float32 else 21
-    return _with_derivative(lambda y: np.polynomial.polynomial.polyval(y, series), 1.0, degree, dtype, device)
+    degrees = {torch.float32: 7, torch.float64: 21}
+    return {
+        dtype: _with_derivative(lambda y: np.polynomial.polynomial.polyval(y, series), 1.0, n)
+        for dtype, n in degrees.items()
+    }
 
 
-def _evaluate(coefficients: list[Tensor], x: Tensor, out: Tensor) -> Tensor:
+@cache
+def _scalars(numbers: Polynomial, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [torch.tensor(c, dtype=dtype, device=device) for c in numbers]
+
+
+def _evaluate(polynomial: Polynomial, x: Tensor, out: Tensor) -> Tensor:
     """The polynomial by Horner's scheme, one pass over the tile a coefficient."""
+    if torch.compiler.is_compiling():
+        result = x * polynomial[-1] + polynomial[-2]
+        for c in reversed(polynomial[:-2]):
+            result = result * x + c
+        return out.copy_(result)
+    coefficients = _scalars(polynomial, x.dtype, x.device)
     torch.addcmul(coefficients[-2], x, coefficients[-1], out=out)
     for c in reversed(coefficients[:-2]):
         torch.addcmul(c, out, x, out=out)
@@ -264,6 +279,8 @@ def _evaluate(coefficients: list[Tensor], x: Tensor, out: Tensor) -> Tensor:
 
 class _Plane(PairGeometry):
     """SO(2) and SE(2)."""
+
+    fits = _plane_polynomials()
 
     def __init__(self, affine: bool) -> None:
         self.affine = affine
@@ -297,7 +314,7 @@ class _Plane(PairGeometry):
         d = _differences(query.numbers[1:], key.numbers[1:], room)
         square = _dot(d, d, room())
         room.let_go(*d)
-        stretch = _evaluate(_plane_polynomial(x.dtype, x.device)[0], x, room())
+        stretch = _evaluate(self.fits[x.dtype][0], x, room())
         return [x, torch.mul(square, stretch, out=room())], (turn, x, d, square, stretch, len(query.numbers) > 3)
 
     def vjp(self, saved: tuple, grads: list[Tensor], room: Room) -> tuple[Tensor, Tensor]:
@@ -306,7 +323,7 @@ class _Plane(PairGeometry):
             grad_turn = turn.mul_(grads[0]).mul_(2)
             return -grad_turn.sum(-1)[..., None, :], grad_turn.sum(-2)[..., None, :]
         x, d, square, stretch, displaced = rest
-        slope = _evaluate(_plane_polynomial(turn.dtype, turn.device)[1], x, room())
+        slope = _evaluate(self.fits[x.dtype][1], x, room())
         grad_x = torch.addcmul(grads[0], square.mul_(grads[1]), slope, out=square)
         twice = stretch.mul_(grads[1]).mul_(2)
         to_query, to_key = _difference_gradients([c.mul_(twice) for c in d], displaced)
@@ -318,12 +335,14 @@ class _Plane(PairGeometry):
 
 
 # The matrix of q ↦ q q_i*, row by row, made of the coordinates of q_i (w, x, y, z), and their signs.
-_COORDINATES = torch.tensor([0, 1, 2, 3, 1, 0, 3, 2, 2, 3, 0, 1, 3, 2, 1, 0])
-_SIGNS = torch.tensor([1.0, 1, 1, 1, -1, 1, -1, 1, -1, 1, 1, -1, -1, -1, 1, 1])
+_COORDINATES = ((0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0))
+_SIGNS = ((1, 1, 1, 1), (-1, 1, -1, 1), (-1, 1, 1, -1), (-1, -1, 1, 1))
 
 
 class _Space(PairGeometry):
     """SO(3) and SE(3)."""
+
+    fits = _space_polynomials()
 
     def __init__(self, affine: bool) -> None:
         self.affine = affine
@@ -351,13 +370,13 @@ class _Space(PairGeometry):
         return _SpaceBlock(packed, axis)
 
     def norms(self, query: "_SpaceBlock", key: "_SpaceBlock", room: Room) -> tuple[list[Tensor], tuple]:
-        w, *m = (_exact_product(row, key.quaternions, room()) for row in query.rows)
+        w, *m = query.products(key, room)
         y = _dot(m, m, room())
         cosine = torch.abs(w, out=room()).add_(1)
         room.let_go(w)
         y.div_(cosine)
         room.let_go(cosine)
-        q = _evaluate(_space_polynomial(y.dtype, y.device)[0], y, room())
+        q = _evaluate(self.fits[y.dtype][0], y, room())
         ratio = torch.addcmul(query.one, y, q, out=room())
         saved = (query, key, w, m, cosine, y, q, ratio)
         rotation = torch.mul(y, ratio, out=room())
@@ -379,7 +398,7 @@ class _Space(PairGeometry):
         d: list[Tensor] = []
         grad_d: list[Tensor] = []
         grad_along = y
-        slope = _evaluate(_space_polynomial(y.dtype, y.device)[1], y, room())
+        slope = _evaluate(self.fits[y.dtype][1], y, room())
         bend = torch.add(q, 0.5, out=room()) if self.affine else q
         bent = q.addcmul_(y, slope)  # Q + y Q', the derivative of ratio
         grad_y = torch.addcmul(ratio, y, bent, out=room()).mul_(grads[0])
@@ -409,34 +428,58 @@ class _Space(PairGeometry):
 
 
 class _SpaceBlock(Block):
-    """Packed poses in space, with the matrices of q ↦ q q_i* where they are queries: a row of each, [B, G, Q, 4]."""
+    """Packed poses in space; of queries the matrices of q ↦ q q_i* too, if they are to be used as matrices.
+
+    They are where that is fast and exact: on CPUs, unless torch is told to lower the precision of matrix products. A
+    compiler does better with the numbers.
+    """
 
     def __init__(self, packed: Tensor, axis: int) -> None:
         super().__init__(packed, axis)
-        self.quaternions = packed[..., :4, :].contiguous()
         if axis == -1:
-            self.coordinates, self.signs = _COORDINATES.to(packed.device), _SIGNS.to(packed)[:, None]
-            entries = packed.index_select(-2, self.coordinates) * self.signs
-            self.rows = [row.mT.contiguous() for row in entries.unflatten(-2, (4, 4)).unbind(-3)]
             self.one, self.two = packed.new_ones(()), packed.new_full((), 2.0)
+        self.quaternions = self.rows = None
+        if torch.compiler.is_compiling() or packed.device.type != "cpu":
+            return
+        if torch.get_float32_matmul_precision() == "highest":
+            self.quaternions = packed[..., :4, :].contiguous()
+            if axis == -1:
+                self.coordinates = torch.tensor(_COORDINATES).flatten()
+                self.signs = packed.new_tensor(_SIGNS).flatten()[:, None]
+                entries = packed.index_select(-2, self.coordinates) * self.signs
+                self.rows = [row.mT.contiguous() for row in entries.unflatten(-2, (4, 4)).unbind(-3)]
 
-    def quaternion_gradients(self, grads: list[Tensor], key: Block) -> tuple[Tensor, Tensor]:
+    def products(self, key: "_SpaceBlock", room: Room) -> list[Tensor]:
+        """(w, m) = q_j q_i*, [B, G, Q, K] each."""
+        found = []
+        for r, (coordinates, signs) in enumerate(zip(_COORDINATES, _SIGNS)):
+            out = room()
+            found.append(out)
+            if self.rows is not None and key.quaternions is not None:
+                # matmul takes twice as long
+                torch.bmm(self.rows[r].flatten(0, 1), key.quaternions.flatten(0, 1), out=out.flatten(0, 1))
+                continue
+            torch.mul(self.numbers[coordinates[0]] * signs[0], key.numbers[0], out=out)
+            for c in range(1, 4):
+                out.addcmul_(self.numbers[coordinates[c]], key.numbers[c], value=signs[c])
+        return found
+
+    def quaternion_gradients(self, grads: list[Tensor], key: "_SpaceBlock") -> tuple[Tensor, Tensor]:
         """Gradients of the quaternions of queries and keys, given those of (w, m)."""
+        if self.rows is None:
+            to_query, to_key = [[] for _ in range(4)], [[] for _ in range(4)]
+            for grad, coordinates, signs in zip(grads, _COORDINATES, _SIGNS):
+                for c in range(4):
+                    to_query[coordinates[c]].append(grad * key.numbers[c] * signs[c])
+                    to_key[c].append(grad * self.numbers[coordinates[c]] * signs[c])
+            return (
+                torch.stack([reduce(add, terms).sum(-1) for terms in to_query], -2),
+                torch.stack([reduce(add, terms).sum(-2) for terms in to_key], -2),
+            )
         keys = key.packed[..., :4, :].mT
         to_rows = torch.stack([(grad @ keys).mT for grad in grads], -3).flatten(-3, -2) * self.signs
         to_query = torch.zeros_like(self.packed[..., :4, :]).index_add_(-2, self.coordinates, to_rows)
         return to_query, torch.stack([row.mT @ grad for row, grad in zip(self.rows, grads)]).sum(0)
-
-
-def _exact_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b of short rows, [B, G, Q, 4] and [B, G, 4, K]; term by term where matrix products may be of low precision."""
-    if torch.get_float32_matmul_precision() == "highest" and a.device.type == "cpu":
-        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))  # matmul takes twice as long
-        return out
-    torch.mul(a[..., 0, None], b[..., None, 0, :], out=out)
-    for c in range(1, a.shape[-1]):
-        out.addcmul_(a[..., c, None], b[..., None, c, :])
-    return out
 
 
 # Compositions

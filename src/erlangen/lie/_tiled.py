@@ -10,6 +10,8 @@ logarithm of each row's normaliser only. What is different for a proximity kerne
 - Where queries are the keys the scores are symmetric: a tile serves its transpose too, which halves everything but the
   products with the values; and the two products of the backward pass become one of twice the inner length.
 
+Inside of torch.compile the arithmetic of a tile is compiled too (`_fused`).
+
 Tiles that are far away may be skipped. Translation alone bounds a score, so the boxes around two blocks of poses bound
 all scores between them; a tile is left out where the bounds prove that all that is left out of a row together weighs at
 most a share ε of it. Queries that are the keys weigh 1 themselves, elsewhere the nearest tiles come first and tell what
@@ -24,12 +26,14 @@ algebra, P numbers a packed pose. Inside of a tile batch and heads are one axis.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._base import Group, outside_message
+from ._fused import filled, fused_geometry
 from ._geometry import ByLogarithm, Room, pair_geometry
 from .groups import parse
 
@@ -42,6 +46,16 @@ class _Limits(NamedTuple):
 
 
 _LIMITS = {torch.float32: _Limits(-80.0, -46.0), torch.float64: _Limits(-650.0, -460.0)}
+
+
+class _Weighed(NamedTuple):
+    """A tile without content: weights exp(s) [b·H, q, k], which live until the next, and `_Tiles.norms`."""
+
+    weights: Tensor
+    arrays: list[Tensor]
+    saved: tuple
+    row_sums: Tensor | None = None  # [b·H, q, 1], where they came for nothing
+    column_sums: Tensor | None = None  # [b·H, k, 1]
 
 
 class _Tiles:
@@ -63,14 +77,18 @@ class _Tiles:
         check: bool,
         tangents: bool,
         skip: float,
+        fused: bool,
     ) -> None:
         self.group, self.chart, self.outside, self.check = parse(group), chart, outside, check
         self.geometry = pair_geometry(self.group, chart, tangents)
         self.tangents = tangents
-        self.query, self.key = query_BGPN, query_BGPN if key_BGPM is None else key_BGPM
+        self.fused = fused_geometry(group, chart) if fused and self.geometry.is_fast else None
+        # detached: a compiler would look for the gradients of what it is given
+        self.query = query_BGPN.detach()
+        self.key = self.query if key_BGPM is None else key_BGPM.detach()
         self.batch, self.num_heads, self.num_keys, self.width = value_BHMD.shape
         self.num_queries = query_BGPN.shape[-1]
-        self.scale, self.slopes = scale_HK, (-scale_HK).T[..., None, None]
+        self.scale, self.slopes = scale_HK, (-scale_HK.detach()).T[..., None, None]
         self.room = Room()
         self._prepared: dict[tuple[int, int, int], Any] = {}
         self.weight_rooms: dict[int, Tensor] = {}
@@ -93,7 +111,9 @@ class _Tiles:
         self.limits = _LIMITS[value_BHMD.dtype]
         self.side = self.geometry.tile if query_BGPN.shape[1] == 1 else min(self.geometry.tile, 128)
         tile = self.num_heads * min(self.side, self.num_queries) * min(self.side, self.num_keys)
-        self.batch_step = max(1, _ELEMENTS // max(1, tile))
+        step = max(1, _ELEMENTS // max(1, tile))
+        # all of one size: what is fused is fused for one
+        self.batch_step = next(n for n in range(min(step, max(1, self.batch)), 0, -1) if max(1, self.batch) % n == 0)
         self.skip = skip
         self.bounds = self._bounds() if skip > 0 and self.num_queries and self.num_keys else None
 
@@ -164,9 +184,10 @@ class _Tiles:
                     yield i, rows, j, columns
 
     def norms(self, batch: slice, rows: slice, columns: slice, *, keep: bool = False) -> tuple[list[Tensor], tuple]:
-        """Those of `PairGeometry.norms`; the room is cleared for them."""
-        query = self._block(self.query, batch, rows, -1)
-        key = self._block(self.key, batch, columns, -2)
+        """Those of `PairGeometry.norms`; the room is cleared for them. Fused tiles save the packed poses."""
+        query, key = self._block(self.query, batch, rows, -1), self._block(self.key, batch, columns, -2)
+        if self.fused is not None:
+            return self.fused.norms(query, key), (query, key)
         sizes = [part.stop - part.start for part in (batch, rows, columns)]
         self.room.clear(self.value, (sizes[0], self.query.shape[1], *sizes[1:]), keep)
         return self.geometry.norms(query, key, self.room)
@@ -174,7 +195,8 @@ class _Tiles:
     def _block(self, packed: Tensor, batch: slice, part: slice, axis: int) -> Any:
         name = (batch.start, part.start, axis)
         if name not in self._prepared:
-            self._prepared[name] = self.geometry.block(packed[batch, ..., part], axis)
+            block = packed[batch, ..., part]
+            self._prepared[name] = self.geometry.block(block, axis) if self.fused is None else filled(block)
         return self._prepared[name]
 
     def scores(self, arrays: list[Tensor]) -> Tensor:
@@ -229,6 +251,16 @@ class _Tiles:
             view.masked_fill_(forbidden, by)
         return weights
 
+    def weigh(self, batch: slice, rows: slice, columns: slice, *, keep: bool = False) -> "_Weighed":
+        """The weights exp(s) of a tile without content."""
+        if self.fused is None:
+            arrays, saved = self.norms(batch, rows, columns, keep=keep)
+            return _Weighed(self.exp_(self.scores(arrays)), arrays, saved)
+        saved = self._block(self.query, batch, rows, -1), self._block(self.key, batch, columns, -2)
+        slopes, least = self.slopes, self.limits.negligible
+        weights, arrays, *sums = self.fused.weigh(*saved, slopes, least, partial(self.weight_room, 0))
+        return _Weighed(weights.flatten(0, 1), arrays, saved, *(None if x is None else x.flatten(0, 1) for x in sums))
+
     def exp_(self, scores: Tensor) -> Tensor:
         return scores.clamp_(min=self.limits.negligible).exp_()
 
@@ -265,18 +297,18 @@ class _Tiles:
         totals = [torch.zeros_like(v[..., :1]) for v in values]
         kept = None if self.kept is None else self.cut(self.kept[self.flat(batch)])
 
-        def add(weights: Tensor, i: int, j: int) -> None:
+        def add(weights: Tensor, sums: Tensor | None, i: int, j: int) -> None:
             parts[i].baddbmm_(weights, values[j])
             if kept is None:
-                totals[i].add_(weights.sum(-1, keepdim=True))
+                totals[i].add_(weights.sum(-1, keepdim=True) if sums is None else sums)
             else:
                 totals[i].baddbmm_(weights, kept[j])
 
         for i, rows, j, columns in self.pairs(batch):
-            weights = self.exp_(self.scores(self.norms(batch, rows, columns)[0]))
-            add(weights, i, j)
+            weights, _, _, of_rows, of_columns = self.weigh(batch, rows, columns)
+            add(weights, of_rows, i, j)
             if j > i:
-                add(weights.mT, j, i)
+                add(weights.mT, of_columns, j, i)
         total = torch.cat(totals, 1)
         torch.log(total[..., 0], out=log_sum)
         if not self._is_trusted(log_sum):
@@ -291,8 +323,8 @@ class _Tiles:
         part, tangent, total = self._zeros(batch, rows)
         log_total = total.log()
         for columns in self.near_columns(batch, rows, log_total):
-            arrays, saved = self.norms(batch, rows, columns)
-            weights = self.hide(self.exp_(self.scores(arrays)), batch, rows, columns, 0.0)
+            weights, _, saved, *_ = self.weigh(batch, rows, columns)
+            self.hide(weights, batch, rows, columns, 0.0)
             total.add_(weights.sum(-1, keepdim=True))
             part.baddbmm_(weights, values[columns.start // self.side])
             self._add_tangents(tangent, weights, saved)
@@ -408,8 +440,7 @@ class _Tiles:
         grads = self.cut(grad)
         to_values = [torch.zeros_like(g) for g in grads]
         for i, rows, j, columns in self.pairs(batch):
-            arrays, saved = self.norms(batch, rows, columns, keep=True)
-            weights = self.exp_(self.scores(arrays))
+            weights, arrays, saved, *_ = self.weigh(batch, rows, columns, keep=True)
             to_values[j].baddbmm_(weights.mT, grads[i])
             if j > i:
                 to_values[i].baddbmm_(weights, grads[j])
@@ -440,10 +471,13 @@ class _Tiles:
         by_head = grad_tangent.unflatten(0, (-1, self.num_heads))
         for columns in self.near_columns(batch, rows, log_sum) if trusted else self.columns(rows):
             value, to_value = (x[columns.start // self.side] for x in (values, to_values))
-            arrays, saved = self.norms(batch, rows, columns, keep=True)
-            scores = self.scores(arrays)
-            self.add_content(scores, batch, rows, columns)
-            weights = self.exp_(scores if trusted else scores.sub_(log_sum))
+            if trusted:
+                weights, arrays, saved, *_ = self.weigh(batch, rows, columns, keep=True)
+            else:
+                arrays, saved = self.norms(batch, rows, columns, keep=True)
+                scores = self.scores(arrays)
+                self.add_content(scores, batch, rows, columns)
+                weights = self.exp_(scores.sub_(log_sum))
             self.hide(weights, batch, rows, columns, 0.0)
             to_value.baddbmm_(weights.mT, grad)
             if not (self.need_poses or self.need_scale or self.content is not None):
@@ -490,6 +524,9 @@ class _Tiles:
             to_norms = [x.view(tile) for x in to_norms]
             if isinstance(self.geometry, ByLogarithm):
                 to_query, to_key = self.geometry.vjp(saved, to_norms, self.room, to_tangent)
+            elif self.fused is not None:
+                query, key = saved
+                to_query, to_key = self.fused.vjp(query, key, to_norms)
             else:
                 to_query, to_key = self.geometry.vjp(saved, to_norms, self.room)
             self.grad_query[batch, ..., rows] += to_query
@@ -512,14 +549,19 @@ def _attend(
     check: bool,
     tangents: bool,
     skip: float,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _Tiles(
-        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents, skip
-    ).forward()
+        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents,
+        skip, fused,
+    ).forward()  # fmt: skip
 
 
 @_attend.register_fake
-def _(query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents, skip):
+def _(
+    query, key, scale, value, content_query, content_key, mask,
+    group, chart, outside, causal, check, tangents, skip, fused,
+):  # fmt: skip
     shape = (*value.shape[:2], query.shape[-1])
     dim = parse(group).dim if tangents else 0
     return value.new_empty(*shape, value.shape[-1]), value.new_empty(*shape, dim), value.new_empty(*shape)
@@ -545,27 +587,29 @@ def _attend_backward(
     causal: bool,
     tangents: bool,
     skip: float,
+    fused: bool,
     need_poses: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _Tiles(
-        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False, tangents, skip
-    ).backward(grad, grad_tangent, output, tangent, log_sum, need_poses, need_scale)
+        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False, tangents,
+        skip, fused,
+    ).backward(grad, grad_tangent, output, tangent, log_sum, need_poses, need_scale)  # fmt: skip
 
 
 @_attend_backward.register_fake
 def _(
     grad, grad_tangent, output, tangent, log_sum, query, key, scale, value, content_query, content_key, mask,
-    group, chart, outside, causal, tangents, skip, need_poses, need_scale,
+    group, chart, outside, causal, tangents, skip, fused, need_poses, need_scale,
 ):  # fmt: skip
     likely = (key, scale, value, content_query, content_key)
     return torch.empty_like(query), *(value.new_empty(0) if x is None else torch.empty_like(x) for x in likely)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, group, chart, outside, causal, _, tangents, skip = inputs
+    *tensors, group, chart, outside, causal, _, tangents, skip, fused = inputs
     ctx.save_for_backward(*output, *tensors)
-    ctx.settings = (group, chart, outside, causal, tangents, skip)
+    ctx.settings = (group, chart, outside, causal, tangents, skip, fused)
 
 
 def _backward(ctx, grad, grad_tangent, _):
@@ -573,7 +617,7 @@ def _backward(ctx, grad, grad_tangent, _):
     grads = _attend_backward(
         grad.contiguous(), grad_tangent.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0] or needs[1], needs[2]
     )
-    return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 8
+    return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 9
 
 
 def _no_second_derivative(ctx, *_):
@@ -621,6 +665,6 @@ def tiled_attention(
     output, tangent, _ = _attend(
         query.contiguous(), None if key is None else key.contiguous(), scale * factors, value.contiguous(),
         content_query, content_key, mask, str(group), chart, outside, causal, check,
-        tangents, skip,
+        tangents, skip, torch.compiler.is_compiling(),
     )  # fmt: skip
     return output, tangent

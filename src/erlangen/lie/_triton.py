@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from ._base import Group
-from ._geometry import _Plane, _plane_polynomial, _Space, _space_polynomial, _Vectors, pair_geometry
+from ._geometry import _Plane, _Space, _Vectors, pair_geometry
 from .groups import parse
 
 if TYPE_CHECKING:
@@ -639,13 +639,12 @@ def _expect_kind(group: Group, chart: str) -> None:
 
 @cache
 def _kind(group: str, chart: str) -> _Kind:
-    geometry, device = pair_geometry(parse(group), chart), torch.device("cpu")
+    geometry = pair_geometry(parse(group), chart)
     if isinstance(geometry, _Vectors):
         return _Kind(0, geometry.sizes[0], (), ())
     assert isinstance(geometry, (_Plane, _Space))
-    angles, fit = (2, _plane_polynomial) if isinstance(geometry, _Plane) else (3, _space_polynomial)
-    polynomial, slope = (tuple(float(c) for c in part) for part in fit(torch.float32, device))
-    return _Kind(angles, angles if geometry.affine else 0, polynomial, slope)
+    angles = 2 if isinstance(geometry, _Plane) else 3
+    return _Kind(angles, angles if geometry.affine else 0, *geometry.fits[torch.float32])
 
 
 def _interpreted() -> bool:

@@ -140,7 +140,8 @@ def lie_attention(
             rotation and a translation, or one of them (SE2, SE3, Translation, products), without content, in tiles.
             It pays if tokens near in space are near in order: see `morton_order`.
         impl: "reference" computes the dense scores with plain operations and can be differentiated twice; "tiled" needs
-            memory for a few tiles of pairs only and is one operator to ``torch.compile``; "triton" is the same in
+            memory for a few tiles of pairs only and is one operator to ``torch.compile``, inside of which its tiles are
+            fused, for groups that have formulas of their own (twice as fast in space); "triton" is the same in
             kernels for CUDA, float32, on SO2, SE2, SO3, SE3 and Translation(n); "auto" is "tiled", save for groups that
             have no formulas of their own there while all pairs are few (at most 512 × 512 a head), and under the
             transforms of ``torch.func``, which only "reference" knows. No explicit choice falls back to another.
