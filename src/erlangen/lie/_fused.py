@@ -49,9 +49,8 @@ class FusedGeometry:
 
     def weigh(
         self, query: "Filled", key: "Filled", slopes: Tensor, negligible: float, room: Callable[..., Tensor]
-    ) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
-        """exp of the scores, cut below, [B, H, q, k], with the arrays; and the sums of rows [B, H, q, 1] and of columns
-        [B, H, k, 1] if nothing had to be filled up.
+    ) -> tuple[Tensor, list[Tensor]]:
+        """exp of the scores, cut below, [B, H, q, k], with the arrays.
 
         Args:
             query, key: packed poses.
@@ -59,12 +58,10 @@ class FusedGeometry:
             negligible: no score is taken to be below.
             room: gives memory of a shape.
         """
-        q, k = query.size, key.size
         weights = room(len(query.packed), slopes.shape[1], query.packed.shape[-1], key.packed.shape[-1])
-        arrays, *sums = self.weigh_full(query.packed, key.packed, slopes, negligible, weights)
-        if weights.shape[-2:] == (q, k):
-            return weights, arrays, *sums
-        return weights[..., :q, :k], [array[..., :q, :k] for array in arrays], None, None
+        arrays = self.weigh_full(query.packed, key.packed, slopes, negligible, weights)
+        wanted = (..., slice(query.size), slice(key.size))
+        return weights[wanted], [array[wanted] for array in arrays]
 
     def vjp(self, query: "Filled", key: "Filled", grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Gradients of packed queries and keys, given those of the arrays, which it computes again."""
@@ -80,15 +77,13 @@ class FusedGeometry:
     def _norms(self, query: Tensor, key: Tensor) -> list[Tensor]:
         return self._pairs(query, key)[0]
 
-    def _weigh(
-        self, query: Tensor, key: Tensor, slopes: Tensor, negligible: float, weights: Tensor
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
+    def _weigh(self, query: Tensor, key: Tensor, slopes: Tensor, negligible: float, weights: Tensor) -> list[Tensor]:
         arrays = self._norms(query, key)
         scores = arrays[0] * slopes[0]
         for array, slope in zip(arrays[1:], slopes[1:]):
             scores = scores + array * slope
         weights.copy_(scores.clamp(min=negligible).exp())
-        return arrays, weights.sum(-1, keepdim=True), weights.sum(-2)[..., None]
+        return arrays
 
     def _vjp(self, query: Tensor, key: Tensor, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         _, saved, room = self._pairs(query, key)

@@ -48,16 +48,6 @@ class _Limits(NamedTuple):
 _LIMITS = {torch.float32: _Limits(-80.0, -46.0), torch.float64: _Limits(-650.0, -460.0)}
 
 
-class _Weighed(NamedTuple):
-    """A tile without content: weights exp(s) [b·H, q, k], which live until the next, and `_Tiles.norms`."""
-
-    weights: Tensor
-    arrays: list[Tensor]
-    saved: tuple
-    row_sums: Tensor | None = None  # [b·H, q, 1], where they came for nothing
-    column_sums: Tensor | None = None  # [b·H, k, 1]
-
-
 class _Tiles:
     """One call: its tensors, and the tiles that they fall into."""
 
@@ -251,15 +241,17 @@ class _Tiles:
             view.masked_fill_(forbidden, by)
         return weights
 
-    def weigh(self, batch: slice, rows: slice, columns: slice, *, keep: bool = False) -> "_Weighed":
-        """The weights exp(s) of a tile without content."""
+    def weigh(
+        self, batch: slice, rows: slice, columns: slice, *, keep: bool = False
+    ) -> tuple[Tensor, list[Tensor], tuple]:
+        """The weights exp(s) of a tile without content, [b·H, q, k], which live until the next; and its `norms`."""
         if self.fused is None:
             arrays, saved = self.norms(batch, rows, columns, keep=keep)
-            return _Weighed(self.exp_(self.scores(arrays)), arrays, saved)
+            return self.exp_(self.scores(arrays)), arrays, saved
         saved = self._block(self.query, batch, rows, -1), self._block(self.key, batch, columns, -2)
         slopes, least = self.slopes, self.limits.negligible
-        weights, arrays, *sums = self.fused.weigh(*saved, slopes, least, partial(self.weight_room, 0))
-        return _Weighed(weights.flatten(0, 1), arrays, saved, *(None if x is None else x.flatten(0, 1) for x in sums))
+        weights, arrays = self.fused.weigh(*saved, slopes, least, partial(self.weight_room, 0))
+        return weights.flatten(0, 1), arrays, saved
 
     def exp_(self, scores: Tensor) -> Tensor:
         return scores.clamp_(min=self.limits.negligible).exp_()
@@ -297,18 +289,18 @@ class _Tiles:
         totals = [torch.zeros_like(v[..., :1]) for v in values]
         kept = None if self.kept is None else self.cut(self.kept[self.flat(batch)])
 
-        def add(weights: Tensor, sums: Tensor | None, i: int, j: int) -> None:
+        def add(weights: Tensor, i: int, j: int) -> None:
             parts[i].baddbmm_(weights, values[j])
             if kept is None:
-                totals[i].add_(weights.sum(-1, keepdim=True) if sums is None else sums)
+                totals[i].add_(weights.sum(-1, keepdim=True))
             else:
                 totals[i].baddbmm_(weights, kept[j])
 
         for i, rows, j, columns in self.pairs(batch):
-            weights, _, _, of_rows, of_columns = self.weigh(batch, rows, columns)
-            add(weights, of_rows, i, j)
+            weights = self.weigh(batch, rows, columns)[0]
+            add(weights, i, j)
             if j > i:
-                add(weights.mT, of_columns, j, i)
+                add(weights.mT, j, i)
         total = torch.cat(totals, 1)
         torch.log(total[..., 0], out=log_sum)
         if not self._is_trusted(log_sum):
@@ -323,7 +315,7 @@ class _Tiles:
         part, tangent, total = self._zeros(batch, rows)
         log_total = total.log()
         for columns in self.near_columns(batch, rows, log_total):
-            weights, _, saved, *_ = self.weigh(batch, rows, columns)
+            weights, _, saved = self.weigh(batch, rows, columns)
             self.hide(weights, batch, rows, columns, 0.0)
             total.add_(weights.sum(-1, keepdim=True))
             part.baddbmm_(weights, values[columns.start // self.side])
@@ -440,7 +432,7 @@ class _Tiles:
         grads = self.cut(grad)
         to_values = [torch.zeros_like(g) for g in grads]
         for i, rows, j, columns in self.pairs(batch):
-            weights, arrays, saved, *_ = self.weigh(batch, rows, columns, keep=True)
+            weights, arrays, saved = self.weigh(batch, rows, columns, keep=True)
             to_values[j].baddbmm_(weights.mT, grads[i])
             if j > i:
                 to_values[i].baddbmm_(weights, grads[j])
@@ -472,7 +464,7 @@ class _Tiles:
         for columns in self.near_columns(batch, rows, log_sum) if trusted else self.columns(rows):
             value, to_value = (x[columns.start // self.side] for x in (values, to_values))
             if trusted:
-                weights, arrays, saved, *_ = self.weigh(batch, rows, columns, keep=True)
+                weights, arrays, saved = self.weigh(batch, rows, columns, keep=True)
             else:
                 arrays, saved = self.norms(batch, rows, columns, keep=True)
                 scores = self.scores(arrays)
