@@ -217,7 +217,7 @@ def test_outside_of_the_chart(generator):
 
 
 @pytest.mark.parametrize("case", ["self", "cross", "displaced", "content", "queries a head"])
-@pytest.mark.parametrize("group", [SE2, SE3, Sim2, Aff2, Aff3], ids=str)
+@pytest.mark.parametrize("group", [SO2, SE2, SO3, SE3, Sim2, Aff2, Aff3], ids=str)
 def test_tangent_vectors_with_their_gradients(group, case, generator):
     tensors = problem(group, generator, **CASES[case])
     if group in FAST:  # the tangent vector jumps at half a turn

@@ -127,9 +127,10 @@ class Room:
 
 
 def pair_geometry(group: Group, chart: str, tangents: bool = False) -> PairGeometry:
-    """The geometry of a group in a chart; if it has to give tangent vectors too, through its logarithm."""
+    """The geometry of a group in a chart; if it has to give tangent vectors too, one of those `ByLogarithm`."""
     if tangents:
-        return ByLogarithm(group, chart)
+        plain = pair_geometry(group, chart)
+        return _InTheWorld(group, plain) if isinstance(plain, _Plane | _Space) else ByLogarithm(group, chart)
     if isinstance(group, Product):
         parts = [pair_geometry(factor, c) for factor, c in zip(group.factors, group._each_chart(chart))]
         if all(part.is_fast for part in parts):
@@ -260,13 +261,40 @@ def _scalars(numbers: Polynomial, dtype: torch.dtype, device: torch.device) -> l
     return [torch.tensor(c, dtype=dtype, device=device) for c in numbers]
 
 
+def _fit(
+    function: Callable[[np.ndarray], np.ndarray], high: float, single: int, double: int
+) -> dict[torch.dtype, Polynomial]:
+    """The interpolant on [0, high] of these degrees, for each dtype."""
+    degrees = {torch.float32: single, torch.float64: double}
+    return {dtype: _with_derivative(function, high, degree)[0] for dtype, degree in degrees.items()}
+
+
+def _half_angle(y: np.ndarray) -> np.ndarray:
+    """h of y = 2 sin²(h/2)."""
+    return 2 * np.arcsin(np.sqrt(y / 2))
+
+
+def _h_cot_h(h: np.ndarray) -> np.ndarray:
+    return np.cos(h) / np.sinc(h / np.pi)
+
+
+def _bend(h: np.ndarray) -> np.ndarray:
+    """(1 − h cot h)/sin² h = (sin h − h cos h)/sin³ h, the numerator by its series, for h to π/2."""
+    series = [(-1) ** (k + 1) * 2 * k / math.factorial(2 * k + 1) for k in range(1, 16)]
+    return np.polynomial.polynomial.polyval(h * h, series) / np.sinc(h / np.pi) ** 3
+
+
+def _horner(polynomial: Polynomial, x: Tensor) -> Tensor:
+    result = x * polynomial[-1] + polynomial[-2]
+    for c in reversed(polynomial[:-2]):
+        result = result * x + c
+    return result
+
+
 def _evaluate(polynomial: Polynomial, x: Tensor, out: Tensor) -> Tensor:
     """The polynomial by Horner's scheme, one pass over the tile a coefficient."""
     if torch.compiler.is_compiling():
-        result = x * polynomial[-1] + polynomial[-2]
-        for c in reversed(polynomial[:-2]):
-            result = result * x + c
-        return out.copy_(result)
+        return out.copy_(_horner(polynomial, x))
     coefficients = _scalars(polynomial, x.dtype, x.device)
     torch.addcmul(coefficients[-2], x, coefficients[-1], out=out)
     for c in reversed(coefficients[:-2]):
@@ -536,7 +564,7 @@ class _Product(PairGeometry):
 
 
 class ByLogarithm(PairGeometry):
-    """Any group, through its own logarithm."""
+    """Any group, through its own logarithm; it gives the tangent vectors too."""
 
     tile = 128
     is_fast = False
@@ -570,12 +598,23 @@ class ByLogarithm(PairGeometry):
         return self.group.in_chart(self._relative(query, key), chart=self.chart)
 
     def _log(self, query: Tensor, key: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        """Block norms [B, G, Q, K, blocks], and the tangent vectors [B, G, Q, K, dim] that they are of."""
+        """Block norms [B, G, Q, K, blocks], and the tangent vectors [B, G, Q, K, dim] that they are of, in these or in
+        other axes: `in_body` turns them back.
+        """
         relative = self._relative(query, key)
         eye = self.group.identity(dtype=relative.dtype, device=relative.device)
         relative = torch.where(inside[..., None, None], relative, eye)
         tangent = self.group.log(relative, chart=self.chart, check=False)
         return self.group.block_norms(tangent), tangent
+
+    def in_body(self, tangent: Tensor, pose: Tensor, displacement: Tensor | None) -> Tensor:
+        """Weighted sums of the tangent vectors of a query, [B, H, N, dim], as coordinates of the algebra.
+
+        Args:
+            tangent: what was summed.
+            pose, displacement: of the queries, as in ``pack_query``.
+        """
+        return tangent
 
     def norms(self, query: Tensor, key: Tensor, room: Room) -> tuple[list[Tensor], tuple]:
         norms, tangent = self._log(query, key, self.inside(query, key))
@@ -588,3 +627,87 @@ class ByLogarithm(PairGeometry):
         inside = self.inside(query, key)
         pull = torch.func.vjp(lambda a, b: self._log(a, b, inside), query, key)[1]
         return pull((torch.stack(grads, -1), torch.zeros_like(tangent) if grad_tangent is None else grad_tangent))
+
+
+class _InTheWorld(ByLogarithm):
+    """SO(2), SE(2), SO(3), SE(3) with tangent vectors, by formulas and in the axes of the world.
+
+    Of log(g_i⁻¹ g_j) = (ω, u) in the axes of pose i the world sees R_i ω, the rotation vector of q_j q_i*, and R_i u =
+    V⁻¹ d, with d = t_j − t_i. So poses need be turned back once a query and not once a pair. With h half the angle of
+    rotation:
+
+    - in the plane V⁻¹ d = h cot h d − h J d, with J the quarter turn;
+    - in space, with (w, m) = q_j q_i* and w made positive, ω = 2 (h/sin h) m and
+      V⁻¹ d = h cot h d − ½ ω × d + (1 − h cot h)/sin² h (m·d) m.
+
+    The coefficients are polynomials, of the square of h in the plane and of y = 2 sin²(h/2) in space.
+    """
+
+    is_fast = True
+    plane_fits = _fit(lambda x: _h_cot_h(np.pi * np.sqrt(x)), 0.25, 8, 16)
+    space_fits = tuple(
+        _fit(function, 1.0, 11, 22)
+        for function in (lambda y: 1 / np.sinc(_half_angle(y) / np.pi), lambda y: _bend(_half_angle(y)))
+    )
+
+    def __init__(self, group: Group, plain: "_Plane | _Space") -> None:
+        self.group, self.plain = group, plain
+        self.factors = (1.0,) * len(group.blocks)
+        self.sizes = plain.sizes
+
+    def pack_query(self, pose: Tensor, displacement: Tensor | None) -> Tensor:
+        return self.plain.pack_query(pose, displacement)
+
+    def pack_key(self, pose: Tensor) -> Tensor:
+        return self.plain.pack_key(pose)
+
+    def inside(self, query: Tensor, key: Tensor) -> Tensor:
+        return query.new_ones((), dtype=torch.bool)
+
+    def in_body(self, tangent: Tensor, pose: Tensor, displacement: Tensor | None) -> Tensor:
+        n = self.group.point_dim
+        rotation = pose[..., :n, :n]
+        if displacement is not None:
+            rotation = rotation @ displacement[:, None, :n, :n]
+        if n == 2 and not self.plain.affine:
+            return tangent
+        if n == 2:
+            return torch.cat([tangent[..., :1], (tangent[..., None, 1:] @ rotation)[..., 0, :]], -1)
+        vectors = tangent.unflatten(-1, (-1, 3))  # rows, so that the product with R is Rᵀ on each
+        return (vectors @ rotation).flatten(-2)
+
+    def _log(self, query: Tensor, key: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        queries = [x[..., None] for x in query.unbind(-2)]
+        keys = [x[..., None, :] for x in key.unbind(-2)]
+        of_rotation = 1 if isinstance(self.plain, _Plane) else 4
+        d = [b - a for a, b in zip(queries[of_rotation:], keys[of_rotation:])]
+        if len(queries) > len(keys):
+            d = [x - offset for x, offset in zip(d, queries[len(keys) :])]
+        tangent = self._plane(keys[0] - queries[0], d) if of_rotation == 1 else self._space(queries, keys, d)
+        tangent = torch.stack(tangent, -1)
+        return self.group.block_norms(tangent), tangent
+
+    def _plane(self, turn: Tensor, d: list[Tensor]) -> list[Tensor]:
+        turn = turn - turn.round()
+        if not d:
+            return [2 * math.pi * turn]
+        straight, h = _horner(self.plane_fits[turn.dtype], turn * turn), math.pi * turn
+        return [2 * h, straight * d[0] + h * d[1], straight * d[1] - h * d[0]]
+
+    def _space(self, queries: list[Tensor], keys: list[Tensor], d: list[Tensor]) -> list[Tensor]:
+        w, *m = (
+            reduce(add, (queries[e] * keys[c] * s for c, (e, s) in enumerate(zip(coordinates, signs))))
+            for coordinates, signs in zip(_COORDINATES, _SIGNS)
+        )
+        side = torch.where(w < 0, -1.0, 1.0).to(w.dtype)
+        m = [x * side for x in m]
+        cosine = w.abs()
+        y = reduce(add, (x * x for x in m)) / (1 + cosine)
+        stretch = _horner(self.space_fits[0][y.dtype], y)
+        omega = [2 * stretch * x for x in m]
+        if not d:
+            return omega
+        straight = stretch * cosine
+        along = _horner(self.space_fits[1][y.dtype], y) * reduce(add, (a * b for a, b in zip(m, d)))
+        turned = [omega[(i + 1) % 3] * d[(i + 2) % 3] - omega[(i + 2) % 3] * d[(i + 1) % 3] for i in range(3)]
+        return omega + [straight * a - 0.5 * b + along * c for a, b, c in zip(d, turned, m)]

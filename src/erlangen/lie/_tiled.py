@@ -72,7 +72,7 @@ class _Tiles:
         self.group, self.chart, self.outside, self.check = parse(group), chart, outside, check
         self.geometry = pair_geometry(self.group, chart, tangents)
         self.tangents = tangents
-        self.fused = fused_geometry(group, chart) if fused and self.geometry.is_fast else None
+        self.fused = fused_geometry(group, chart) if fused and self.geometry.is_fast and not tangents else None
         # detached: a compiler would look for the gradients of what it is given
         self.query = query_BGPN.detach()
         self.key = self.query if key_BGPM is None else key_BGPM.detach()
@@ -91,7 +91,7 @@ class _Tiles:
         # A mask of keys only goes into the values and the sums, any other is applied to the weights.
         self.mask, self.symmetric = mask, False
         self.kept = None
-        if key_BGPM is None and not causal and self.content is None and self.geometry.is_fast:
+        if key_BGPM is None and not causal and self.content is None and self.geometry.is_fast and not tangents:
             if mask is None:
                 self.symmetric = True
             elif mask.shape[1] == mask.shape[2] == 1 and skip == 0:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._base import Group, outside_message
-from ._geometry import pair_geometry
+from ._geometry import ByLogarithm, pair_geometry
 from ._tiled import tiled_attention
 from ._triton import triton_attention
 
@@ -267,7 +267,8 @@ class Inputs:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "reference"
         few = self.num_queries * self.num_keys <= 512**2
-        return "reference" if few and not pair_geometry(self.group, self.chart, tangents).is_fast else "tiled"
+        slow = tangents or not pair_geometry(self.group, self.chart).is_fast
+        return "reference" if few and slow else "tiled"
 
     def _content(
         self,
@@ -337,7 +338,7 @@ def tiled(
                 causal=inputs.causal,
             )
             return output, output.new_empty(0)
-        return tiled_attention(
+        output, tangent = tiled_attention(
             query,
             key,
             inputs.scale_HK,
@@ -353,6 +354,9 @@ def tiled(
             tangents=tangents,
             skip=skip,
         )
+        if isinstance(pairs, ByLogarithm) and tangents:
+            tangent = pairs.in_body(tangent, inputs.query, inputs.displacement)
+        return output, tangent
 
 
 def dense_weights(inputs: Inputs) -> Tensor:
