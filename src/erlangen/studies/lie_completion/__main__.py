@@ -1,7 +1,7 @@
 """``python -m erlangen.studies.lie_completion``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import tyro
 
@@ -18,8 +18,10 @@ class _CommandLine(CompletionConfig):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study, or the scan, and print where its result is."""
     description = "Complete sequences of group elements: closed-form scores, a learned kernel, vectors."
-    config = tyro.cli(_CommandLine, args=arguments, prog="lie_completion", description=description)
-    print((scan if config.scan_learning_rates else run)(config, print_progress()))
+    line = tyro.cli(_CommandLine, args=arguments, prog="lie_completion", description=description)
+    # Not the subclass: processes that are spawned do not import the __main__ of a package, where it is.
+    config = CompletionConfig(**{field.name: getattr(line, field.name) for field in fields(CompletionConfig)})
+    print((scan if line.scan_learning_rates else run)(config, print_progress()))
 
 
 if __name__ == "__main__":
