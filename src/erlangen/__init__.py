@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import breaking as breaking
+    from . import finite as finite
     from . import gauge as gauge
     from . import lie as lie
     from . import lm as lm
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["breaking", "gauge", "lie", "lm", "optim", "report", "studies", "testing"]
+__all__ = ["breaking", "finite", "gauge", "lie", "lm", "optim", "report", "studies", "testing"]
 
 
 def __getattr__(name: str) -> Any:

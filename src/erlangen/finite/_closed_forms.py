@@ -1,0 +1,359 @@
+"""Real irreps in closed form, from the characters of an abelian quotient or of an abelian subgroup of index two.
+
+Characters of an abelian group are kept as integers: on generators a_1 ... a_r the character T has the phases
+2 pi T_i / E, with E the exponent of the group, and on a_1^x_1 ... a_r^x_r the phase 2 pi (x . T) / E. Orbits of
+characters under inversion and conjugation are found in those integers, so nothing here depends on rounding.
+
+Shapes: G order of the group, R generators of the abelian group, M its order, H elements asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .groups import PermutationGroup
+
+Kind = Literal["real", "complex", "quaternionic"]
+ENDO: dict[str, int] = {"real": 1, "complex": 2, "quaternionic": 4}
+
+# An abelian subgroup of index 2 is the kernel of a sign on the generators; all 2^n - 1 are tried, up to this n.
+_MAX_SIGNED_GENERATORS = 12
+
+
+# --- subgroups by element numbers ------------------------------------------------------------------------------------
+
+
+def powers(group: PermutationGroup, a: int) -> np.ndarray:
+    """The numbers of 1, a, a^2, ... up to the order of a."""
+    found, step = np.zeros(1, np.int64), a
+    while True:
+        further = np.asarray(group.multiply(found, step))
+        back = np.flatnonzero(further == 0)
+        if back.size:
+            return np.concatenate([found, further[: back[0]]])
+        found, step = np.concatenate([found, further]), int(group.multiply(step, step))
+
+
+def subgroup(group: PermutationGroup, generators: list[int]) -> np.ndarray:
+    """The sorted numbers of the elements of a generated subgroup (Dimino's algorithm, coset by coset)."""
+    inside = np.zeros(group.order, bool)
+    elements, used = np.zeros(1, np.int64), []
+    inside[0] = True
+    for g in generators:
+        if inside[g]:
+            continue
+        used.append(g)
+        if len(elements) == 1:
+            elements = powers(group, g)
+            inside[elements] = True
+            continue
+        representatives, cosets = [0], [elements]
+        for x in representatives:  # grows while we walk along it
+            for s in used:
+                y = int(group.multiply(x, s))
+                if not inside[y]:
+                    representatives.append(y)
+                    cosets.append(np.asarray(group.multiply(elements, y)))
+                    inside[cosets[-1]] = True
+        elements = np.concatenate(cosets)
+    return np.sort(elements)
+
+
+def derived_subgroup(group: PermutationGroup) -> np.ndarray:
+    """The numbers of the elements of the commutator subgroup: the normal closure of the generators' commutators."""
+    own = list(dict.fromkeys(int(g) for g in group.generator_numbers))
+    inverses = [int(group.inverse(g)) for g in own]
+    generators = []
+    for (g, g_inv), (h, h_inv) in itertools.combinations(zip(own, inverses), 2):
+        generators.append(int(group.multiply(group.multiply(g, h), group.multiply(g_inv, h_inv))))
+    elements = subgroup(group, generators)
+    inside = np.isin(np.arange(group.order), elements)
+    for s in generators:  # grows while we walk along it
+        for g, g_inv in zip(own, inverses):
+            conjugate = int(group.multiply(group.multiply(g, s), g_inv))
+            if not inside[conjugate]:
+                generators.append(conjugate)
+                elements = subgroup(group, generators)
+                inside[elements] = True
+    return elements
+
+
+def _coset_labels(group: PermutationGroup, normal: np.ndarray) -> np.ndarray:
+    """The coset of a normal subgroup that each element is in, numbered from 0: [G]."""
+    if len(normal) == 1:
+        return np.arange(group.order)
+    labels, count = np.full(group.order, -1), 0
+    for x in range(group.order):
+        if labels[x] < 0:
+            labels[np.asarray(group.multiply(normal, x))] = count
+            count += 1
+    return labels
+
+
+# --- characters of an abelian group ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AbelianCharacters:
+    """All characters of an abelian quotient or subgroup, with phases in units of a turn over ``exponent``.
+
+    Attributes:
+        exponent: E, of the abelian group.
+        generators: numbers of the elements a_1 ... a_R.
+        coordinates: exponents x of each element on those, [G, R]; -1 for elements outside.
+        frequencies: the phases of each character on a_1 ... a_R, [M, R], in lexicographic order, trivial first.
+    """
+
+    exponent: int
+    generators: tuple[int, ...]
+    coordinates: np.ndarray
+    frequencies: np.ndarray
+
+    @classmethod
+    def build(cls, group: PermutationGroup, generators: list[int], labels: np.ndarray) -> AbelianCharacters:
+        """Of the abelian group generated by ``generators`` modulo the elements that ``labels`` [G] does not tell apart.
+
+        Labels are numbers from 0, or -1 outside the group generated.
+        """
+        index = np.full(int(labels.max()) + 1, -1)  # of a label in ``elements``
+        index[labels[0]] = 0
+        elements, exponents = np.zeros(1, np.int64), np.zeros((1, 0), np.int64)
+        kept, sizes, relations, orders = [], [], [], []
+        for g in generators:
+            cycle = np.append(powers(group, g), 0)
+            size = 1 + int(np.argmax(index[labels[cycle[1:]]] >= 0))
+            if size == 1:
+                continue
+            orders.append(1 + int(np.argmax(labels[cycle[1:]] == labels[0])))
+            relations.append(exponents[index[labels[cycle[size]]]])
+            kept.append(g)
+            sizes.append(size)
+            elements = np.asarray(group.multiply(cycle[:size, None], elements[None, :])).reshape(-1)
+            exponents = np.column_stack(
+                [np.tile(exponents, (size, 1)), np.repeat(np.arange(size), len(elements) // size)]
+            )
+            index[labels[elements]] = np.arange(len(elements))
+
+        exponent = int(np.lcm.reduce(orders)) if orders else 1
+        frequencies = np.zeros((1, 0), np.int64)
+        for size, relation in zip(sizes, relations):
+            # a_i^size is a product of the earlier generators: size T_i = relation . T modulo E
+            fixed = frequencies @ relation % exponent
+            assert not (fixed % size).any() and exponent % size == 0
+            choices = (fixed[:, None] + exponent * np.arange(size)) // size
+            frequencies = np.column_stack([np.repeat(frequencies, size, 0), choices.reshape(-1)])
+        if frequencies.shape[1]:
+            frequencies = frequencies[np.lexsort(frequencies.T[::-1])]
+
+        coordinates = np.full((group.order, len(kept)), -1)
+        within = labels >= 0
+        coordinates[within] = exponents[index[labels[within]]]
+        return cls(exponent, tuple(kept), coordinates, frequencies)
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """Cosine and sine of every phase, exact at quarter turns: [2, exponent]."""
+        quarters, rest = np.divmod(4 * np.arange(self.exponent), self.exponent)
+        angle = rest * (np.pi / (2 * self.exponent))
+        cos, sin = np.cos(angle), np.sin(angle)
+        return np.stack([np.choose(quarters, [cos, -sin, -cos, sin]), np.choose(quarters, [sin, cos, -sin, -cos])])
+
+    def cos(self, phases: np.ndarray) -> np.ndarray:
+        return self._table[0, phases % self.exponent]
+
+    def sin(self, phases: np.ndarray) -> np.ndarray:
+        return self._table[1, phases % self.exponent]
+
+    def rotations(self, phases: np.ndarray) -> np.ndarray:
+        """[...] -> [..., 2, 2]."""
+        cos, sin = self.cos(phases), self.sin(phases)
+        return np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
+
+
+# --- irreps ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class LinearIrrep:
+    """A character of the group, or the plane on which it and its conjugate act as rotations.
+
+    Attributes:
+        characters: of the largest abelian quotient.
+        frequency: the phases T on its generators, [R].
+        kind: ``"real"`` (signs, dimension 1) or ``"complex"`` (rotations, dimension 2).
+    """
+
+    characters: AbelianCharacters
+    frequency: np.ndarray
+    kind: Kind
+
+    @property
+    def dimension(self) -> int:
+        return 1 if self.kind == "real" else 2
+
+    def matrices(self, numbers: np.ndarray) -> np.ndarray:
+        """[H] -> [H, dimension, dimension]."""
+        phases = self.characters.coordinates[numbers] @ self.frequency
+        if self.kind == "real":
+            return self.characters.cos(phases)[:, None, None]
+        return self.characters.rotations(phases)
+
+    def character(self, numbers: np.ndarray) -> np.ndarray:
+        """[H] -> [H]."""
+        phases = self.characters.coordinates[numbers] @ self.frequency
+        return self.dimension * self.characters.cos(phases)
+
+
+@dataclass(frozen=True, eq=False)
+class Cosets:
+    """The group as A and t A, with A abelian.
+
+    Attributes:
+        characters: of A; its ``coordinates`` are, for an element t a, those of a.
+        outside: whether an element is in t A, [G].
+        t: the number of t.
+        square: coordinates of t^2 in A, [R].
+        conjugates: coordinates of t^-1 a_i t for each generator of A, [R, R].
+    """
+
+    characters: AbelianCharacters
+    outside: np.ndarray
+    t: int
+    square: np.ndarray
+    conjugates: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class InducedIrrep:
+    """The real form of the representation induced from a character chi of an abelian subgroup A of index 2.
+
+    With chi^t(a) = chi(t^-1 a t) different from chi, on the basis e, t e: a acts as diag(chi, chi^t), and t takes e to
+    t e and t e to chi(t^2) e. In real form:
+
+    - chi real: that, as it stands (dimension 2, real);
+    - chi^t conjugate to chi and chi(t^2) = 1: a is a rotation, t = diag(1, -1) (dimension 2, real), on the basis
+      (e + t e) / sqrt 2, i (e - t e) / sqrt 2;
+    - chi^t conjugate to chi and chi(t^2) = -1: the plane C^2 read as R^4 (quaternionic);
+    - all else: the same R^4 (complex).
+    """
+
+    cosets: Cosets
+    frequency: np.ndarray
+    conjugate: np.ndarray
+    kind: Kind
+
+    @property
+    def dimension(self) -> int:
+        return 2 if self.kind == "real" else 4
+
+    def _is_plane_of_signs(self) -> bool:
+        return not (2 * self.frequency % self.cosets.characters.exponent).any()
+
+    def matrices(self, numbers: np.ndarray) -> np.ndarray:
+        """[H] -> [H, dimension, dimension]."""
+        characters = self.cosets.characters
+        coordinates = characters.coordinates[numbers]
+        phases, conjugates = coordinates @ self.frequency, coordinates @ self.conjugate
+        square = self.cosets.square @ self.frequency
+        matrices = np.zeros((len(numbers), self.dimension, self.dimension))
+        if self.kind != "real":
+            matrices[:, :2, :2], matrices[:, 2:, 2:] = characters.rotations(phases), characters.rotations(conjugates)
+            t = np.zeros((4, 4))
+            t[:2, 2:], t[2:, :2] = characters.rotations(square), np.eye(2)
+        elif self._is_plane_of_signs():
+            matrices[:, 0, 0], matrices[:, 1, 1] = characters.cos(phases), characters.cos(conjugates)
+            t = np.array([[0.0, characters.cos(square)], [1.0, 0.0]])
+        else:
+            matrices[:] = characters.rotations(phases)
+            t = np.diag([1.0, -1.0])
+        outside = self.cosets.outside[numbers]
+        matrices[outside] = t @ matrices[outside]
+        return matrices
+
+    def character(self, numbers: np.ndarray) -> np.ndarray:
+        """[H] -> [H]; zero outside A."""
+        characters = self.cosets.characters
+        coordinates = characters.coordinates[numbers]
+        both = characters.cos(coordinates @ self.frequency) + characters.cos(coordinates @ self.conjugate)
+        return np.where(self.cosets.outside[numbers], 0.0, self.dimension / 2 * both)
+
+
+def linear_irreps(group: PermutationGroup) -> list[LinearIrrep]:
+    """All irreps that come from one-dimensional complex characters: those of the quotient by the commutators."""
+    labels = _coset_labels(group, derived_subgroup(group))
+    characters = AbelianCharacters.build(group, [int(g) for g in group.generator_numbers], labels)
+    negative = -characters.frequencies % characters.exponent
+    irreps = []
+    for frequency, conjugate in zip(characters.frequencies, negative):
+        order = tuple(frequency), tuple(conjugate)
+        if order[0] <= order[1]:
+            irreps.append(LinearIrrep(characters, frequency, "real" if order[0] == order[1] else "complex"))
+    return irreps
+
+
+def abelian_half(group: PermutationGroup) -> Cosets | None:
+    """An abelian subgroup of index two with its other coset, or None if there is none (or too many generators to look).
+
+    Of a group that is not abelian itself.
+    """
+    generators = list(dict.fromkeys(int(g) for g in group.generator_numbers if g))
+    if len(generators) > _MAX_SIGNED_GENERATORS:
+        return None
+    for signs in itertools.product([False, True], repeat=len(generators)):
+        if not any(signs):
+            continue
+        t = generators[signs.index(True)]
+        t_inverse = int(group.inverse(t))
+        kernel = []  # Schreier's generators of the kernel, with representatives 1 and t
+        for g, negative in zip(generators, signs):
+            if negative:
+                kernel += [int(group.multiply(g, t_inverse)), int(group.multiply(t, g))]
+            else:
+                kernel += [g, int(group.multiply(group.multiply(t, g), t_inverse))]
+        kernel = [a for a in dict.fromkeys(kernel) if a]
+        products = np.asarray(group.multiply(np.array(kernel)[:, None], np.array(kernel)[None, :])) if kernel else None
+        if products is not None and not np.array_equal(products, products.T):
+            continue
+        inside = subgroup(group, kernel)
+        if 2 * len(inside) != group.order:
+            continue
+        labels = np.full(group.order, -1)
+        labels[inside] = np.arange(len(inside))
+        characters = AbelianCharacters.build(group, kernel, labels)
+        coordinates = characters.coordinates.copy()
+        coordinates[np.asarray(group.multiply(t, inside))] = coordinates[inside]
+        moved = [int(group.multiply(group.multiply(t_inverse, a), t)) for a in characters.generators]
+        return Cosets(
+            AbelianCharacters(characters.exponent, characters.generators, coordinates, characters.frequencies),
+            labels < 0,
+            t,
+            coordinates[int(group.multiply(t, t))],
+            coordinates[moved].reshape(len(moved), len(moved)),
+        )
+    return None
+
+
+def induced_irreps(cosets: Cosets) -> list[InducedIrrep]:
+    """All irreps that are induced from an abelian subgroup of index 2, one for each orbit of its characters."""
+    frequencies, exponent = cosets.characters.frequencies, cosets.characters.exponent
+    moved = frequencies @ cosets.conjugates.T % exponent
+    family = np.stack([frequencies, moved, -frequencies % exponent, -moved % exponent])
+    _, ids = np.unique(family.reshape(-1, frequencies.shape[1]), axis=0, return_inverse=True)
+    own, other, negative, negative_other = ids.reshape(4, -1)
+    half = 2 * (frequencies @ cosets.square) % (2 * exponent) == exponent  # chi(t^2) = -1
+    first = (own <= other) & (own <= negative) & (own <= negative_other) & (own != other)
+    irreps = []
+    for k in np.flatnonzero(first):
+        kind: Kind = "complex"
+        if own[k] == negative[k]:
+            kind = "real"
+        elif other[k] == negative[k]:
+            kind = "quaternionic" if half[k] else "real"
+        irreps.append(InducedIrrep(cosets, frequencies[k], moved[k], kind))
+    return irreps
