@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from erlangen.report import Arrows, IntervalRow, Series, arrows, curves, intervals, small_multiples
+from erlangen.report import Arrows, IntervalRow, Series, arrows, curves, heat_map, intervals, small_multiples
 
 matplotlib = pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'erlangen[report]'")
 
@@ -166,3 +166,47 @@ def test_an_arrow_points_where_its_angle_says():
         return np.ptp(numbers, axis=0)
 
     assert extent(right)[0] > 3 * extent(right)[1] and extent(up)[1] > 3 * extent(up)[0]
+
+
+def test_a_heat_map_has_every_number_and_label():
+    values = [[0.25, 0.5, 12.0], [0.0, 1e-3, 7.125]]
+    svg = heat_map(values, ["1", "sign"], ["1", "sign", "2a"], x_label="from", y_label="to", title="All")
+    words = texts(svg)
+    assert {"0.25", "0.5", "12", "0", "0.001", "7.1", "from", "to", "All", "2a"} <= set(words)
+    assert words.count("sign") == 2
+    assert heat_map(values, ["1", "sign"], ["1", "sign", "2a"], x_label="from", y_label="to", title="All") == svg
+    percent = texts(heat_map(values, ["1", "sign"], ["1", "sign", "2a"], cell=lambda value: f"{100 * value:.0f} %"))
+    assert {"25 %", "1200 %"} <= set(percent)
+
+
+def fills(svg):
+    """Colours of the cells, by rows: red, green and blue from 0 to 255."""
+    found = re.findall(r'<g id="patch_\d+">\s*<path [^>]*?style="fill: #(\w{6}); stroke', svg)
+    return [tuple(int(colour[i : i + 2], 16) for i in (0, 2, 4)) for colour in found]
+
+
+def test_the_colours_of_a_heat_map_say_size_and_sign():
+    svg = heat_map([[0.0, 1.0, 2.0], [-1.0, -2.0, np.nan]], ["a", "b"], ["c", "d", "e"])
+    zero, half, most, less, least, missing = fills(svg)[-6:]
+    assert zero == (255, 255, 255) and most == (0, 114, 178) and least == (213, 94, 0)
+    assert half == pytest.approx(np.add(zero, most) / 2, abs=1) and less == pytest.approx(
+        np.add(zero, least) / 2, abs=1
+    )
+    assert len(set(missing)) == 1, "grey"
+    assert {"–", "−1", "−2"} <= set(texts(svg))
+    white = re.findall(r"<text[^>]*fill: #ffffff[^>]*>([^<]+)<", svg)
+    assert white == ["2", "−2"], "white numbers on dark cells only"
+
+
+@pytest.mark.parametrize("values", [np.zeros((2, 2)), np.full((2, 2), np.nan), [[np.inf, 1], [-np.inf, 0]]])
+def test_awkward_cells_are_drawn_without_a_warning(values):
+    texts(heat_map(values, ["a", "a label of many words"], ["b", "another label of many words"]))
+
+
+def test_a_heat_map_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"\[rows, columns\] = \[2, 1\] .* received \[1, 2\]"):
+        heat_map([[1.0, 2.0]], ["a", "b"], ["c"])
+    with pytest.raises(ValueError, match="at least one cell"):
+        heat_map(np.zeros((0, 0)), [], [])
+    with pytest.raises(ValueError, match=r"at most 12 columns.*received 13"):
+        heat_map(np.zeros((1, 13)), ["a"], ["b"] * 13)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 _USAGE = """\
 usage: erlangen COMMAND [options]
 
-  tour     train small models, with symmetries broken and lived on, and write a report (about five minutes)
-  train    train a language model
-  bench    measure time and memory of attention between poses
+  tour      train small models, with symmetries broken and lived on, and write a report (about five minutes)
+  train     train a language model
+  bench     measure time and memory of attention between poses
+  channels  what of sequences, motifs or attention maps lies in each channel of a finite group
 
   erlangen COMMAND --help    options and an example
   erlangen --version
@@ -38,7 +39,18 @@ def _bench(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"tour": _tour, "train": _train, "bench": _bench}
+def _channels(arguments: Sequence[str]) -> int:
+    from .channels import main
+
+    return main(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "tour": _tour,
+    "train": _train,
+    "bench": _bench,
+    "channels": _channels,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

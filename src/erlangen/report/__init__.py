@@ -10,6 +10,7 @@ from .figures import IntervalRow as IntervalRow
 from .figures import Series as Series
 from .figures import arrows as arrows
 from .figures import curves as curves
+from .figures import heat_map as heat_map
 from .figures import intervals as intervals
 from .figures import small_multiples as small_multiples
 from .statistics import Interval as Interval
@@ -27,6 +28,7 @@ __all__ = [
     "Table",
     "arrows",
     "curves",
+    "heat_map",
     "intervals",
     "mean_and_standard_error",
     "page",

@@ -9,7 +9,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ _STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _INK, _MUTED, _GRID = "#222222", "#666666", "#dddddd"
 _WIDTH = 5.4  # inches of 72 points
 _FEW_SEEDS = 8
+_MAX_COLUMNS = 12
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _RC = {
     "svg.hashsalt": "erlangen",
@@ -234,6 +235,96 @@ def arrows(groups: Sequence[Arrows], *, x_label: str, y_label: str) -> str:
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         figure.legend(loc="outside lower center", ncols=3, handletextpad=0.2)
+        return _svg(figure)
+
+
+def heat_map(
+    values: Any,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    x_label: str = "",
+    y_label: str = "",
+    title: str = "",
+    cell: str | Callable[[float], str] = ".2g",
+) -> str:
+    """A matrix as coloured cells, each with its number; the first row is on top.
+
+    Colour goes in equal steps from white at zero to blue at the largest size of a value, and to orange where values are
+    negative. Cells that are not finite are grey and marked with a dash.
+
+    Args:
+        values: [rows, columns].
+        rows: a label for each row.
+        columns: a label for each column; at most twelve, as the numbers of more could not be read on a phone.
+        x_label: what the columns are.
+        y_label: what the rows are.
+        title: a title inside the figure.
+        cell: how to write the numbers: a format specification or a function.
+
+    Returns:
+        The SVG.
+
+    Raises:
+        ValueError: no cells, labels of another number than rows and columns, or too many columns.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 2 or array.shape != (len(rows), len(columns)) or not array.size:
+        raise ValueError(
+            f"values must be [rows, columns] = [{len(rows)}, {len(columns)}] with at least one cell; "
+            f"received {list(array.shape)}"
+        )
+    if len(columns) > _MAX_COLUMNS:
+        raise ValueError(
+            f"a heat map has at most {_MAX_COLUMNS} columns, so that its numbers can be read; received {len(columns)}: "
+            "merge some, or leave them out"
+        )
+    finite = np.isfinite(array)
+    largest = float(np.abs(array[finite]).max(initial=0.0)) or 1.0
+    colours_RC3 = np.full((*array.shape, 3), 0.93)
+    for sign, colour in ((1, _COLOURS[0]), (-1, _COLOURS[1])):
+        chosen = finite & (array * sign >= 0)
+        depth = np.abs(array[chosen])[:, None] / largest
+        colours_RC3[chosen] = 1 - depth * (1 - np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]))
+    # Weights of the eye for red, green and blue: dark cells have white numbers.
+    dark = colours_RC3 @ np.array([0.2126, 0.7152, 0.0722]) < 0.55
+    how = cell if callable(cell) else lambda value: format(value, cell).replace("-", "\N{MINUS SIGN}")
+    texts = [[how(float(v)) if ok else "\N{EN DASH}" for v, ok in zip(*row)] for row in zip(array, finite)]
+
+    matplotlib = require("matplotlib", "report")
+    figure_module = require("matplotlib.figure", "report")
+    patches = require("matplotlib.patches", "report")
+    row_labels = [textwrap.fill(label, 16) for label in rows]
+    left = 0.3 + 0.095 * max(len(line) for label in row_labels for line in label.split("\n")) + 0.25 * bool(y_label)
+    side = min((_WIDTH - left) / len(columns), 1.2)  # inches
+    height = max(0.34, min(side, 0.5), 0.04 + 0.18 * max(label.count("\n") + 1 for label in row_labels))
+    width = max(left + side * len(columns), 2.8)  # a few columns do not become wide slabs
+    column_labels = [textwrap.fill(label, 16) for label in columns]
+    longest = max(len(line) for label in column_labels for line in label.split("\n"))
+    lines = max(label.count("\n") + 1 for label in column_labels)
+    slanted = 0.095 * longest > 0.95 * side
+    below = (0.2 * lines + 0.07 * longest if slanted else 0.12 + 0.18 * lines) + 0.3 * bool(x_label) + 0.3 * bool(title)
+    size = min(10.5, 72 * 0.92 * side / (0.62 * max(len(text) for row in texts for text in row)))
+    with matplotlib.rc_context():
+        _configure(matplotlib)
+        figure = figure_module.Figure(figsize=(width, height * len(rows) + below + 0.1), layout="constrained")
+        axes = figure.subplots()
+        for i, row in enumerate(texts):
+            for j, text in enumerate(row):
+                axes.add_patch(patches.Rectangle((j, i), 1, 1, facecolor=colours_RC3[i, j], edgecolor=_GRID))
+                colour = "white" if dark[i, j] else _INK
+                axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=colour, fontsize=size)
+        axes.set_xlim(0, len(columns))
+        axes.set_ylim(len(rows), 0)
+        tilt = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+        axes.set_xticks(np.arange(len(columns)) + 0.5, column_labels, **tilt)
+        axes.set_yticks(np.arange(len(rows)) + 0.5, row_labels)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_title(title, loc="left")
         return _svg(figure)
 
 
