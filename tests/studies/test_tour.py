@@ -54,6 +54,16 @@ def test_the_report_holds_every_run(taken):
     assert len(seeds) == 1 + 8
 
 
+def test_the_report_holds_the_part_on_motifs(taken):
+    cells = [c for c in json.loads((taken / "tour.json").read_text())["finite"] if c["task"] == "palindrome"]
+    arms = ("strict", "dial", "free", "augmentation", "post-hoc")
+    assert {(c["arm"], c["seed"]) for c in cells} == {(arm, seed) for arm in arms for seed in (0, 1)}
+    page = (taken / "tour.html").read_text()
+    for text in ("Part three", "palindrome", "strict", "post-hoc"):
+        assert text in page
+    assert len((taken / "tour.finite_seeds.csv").read_text().splitlines()) > len(cells)
+
+
 def test_the_report_holds_the_part_on_poses(taken):
     cells = json.loads((taken / "tour.json").read_text())["lie"]
     assert {(c["task"], c["group"], c["arm"], c["seed"]) for c in cells} == {

@@ -11,12 +11,13 @@ from erlangen.studies.tour import TourConfig, tour
 
 _DESCRIPTION = """\
 Train small transformers, symmetric and broken, under four optimisers; look for missing poses with attention on a Lie
-group; and write one HTML report of both.
+group; recognise motifs never seen, with and without the symmetry of the two strands; and write one HTML report of all.
 
-  erlangen tour                 about five minutes on two cores; writes tour/tour.html
+  erlangen tour                 about six minutes on two cores; writes tour/tour.html
   erlangen tour --seeds 10      narrower intervals; the runs there are already are kept
 
-Ctrl-C is safe: the next call goes on from there. Only a search for poses in progress, of seconds, starts over.
+Ctrl-C is safe: the next call goes on from there. What takes seconds, a search for
+poses or motifs in progress, starts over.
 """
 
 

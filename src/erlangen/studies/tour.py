@@ -1,4 +1,4 @@
-"""The tour: one page on what is done with symmetries here, in two parts that take minutes.
+"""The tour: one page on what is done with symmetries here, in three parts that take minutes.
 
 Part one, small transformers on real text, with and without symmetry breaking, under four optimisers. Protocol, fixed
 before any run:
@@ -14,7 +14,8 @@ before any run:
 - Measure: loss at the last step on one fixed set of windows. Rule: the mean over seeds of (broken − symmetric) with
   its 95 % Student interval; a difference is called only where the interval leaves out zero.
 
-Part two, attention between poses: `erlangen.studies.tour_lie`.
+Part two, attention between poses: `erlangen.studies.tour_lie`. Part three, motifs that were never seen and the other
+strand: `erlangen.studies.tour_finite`.
 """
 
 import functools
@@ -40,7 +41,7 @@ from erlangen.lm.logs import read_jsonl
 from erlangen.lm.settings import OptimizerName, to_dict
 from erlangen.optim import OPTIMIZERS
 
-from . import lie_completion, tour_lie
+from . import finite_motifs, lie_completion, tour_finite, tour_lie
 from ._jobs import Job, Progress, Tick, at_least_one
 from ._jobs import execute as execute_jobs
 from ._reading import Part, by_seed, verdict, with_error
@@ -61,7 +62,7 @@ class TourConfig:
     seeds: int = 3
     """Seeds for each arm."""
     steps: int = 500
-    """Steps of each run of part one; those of part two are 6/5 as many."""
+    """Steps of each run of part one; those of part two are 6/5 as many, of part three 3/10."""
     workers: int | None = None
     """Runs at a time, each on one thread; None for one a core."""
 
@@ -382,7 +383,11 @@ def breaking_part(config: TourConfig, results: Sequence[Mapping[str, Any]]) -> P
 
 
 def write_report(
-    config: TourConfig, results: Sequence[Mapping[str, Any]], poses: Sequence[Mapping[str, Any]], seconds: float
+    config: TourConfig,
+    results: Sequence[Mapping[str, Any]],
+    poses: Sequence[Mapping[str, Any]],
+    motifs: Sequence[Mapping[str, Any]],
+    seconds: float,
 ) -> Path:
     """The HTML report, with JSON and CSV beside it.
 
@@ -390,19 +395,25 @@ def write_report(
         config: what was run.
         results: of the runs of part one.
         poses: records of part two, from `lie_completion.measure`.
+        motifs: records of part three, from `tour_finite.measure`.
         seconds: what this call took.
     """
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, erlangen {erlangen.__version__}"
     )
-    parts = [breaking_part(config, results), tour_lie.part(_poses_config(config), poses)]
+    parts = [
+        breaking_part(config, results),
+        tour_lie.part(_poses_config(config), poses),
+        tour_finite.part(_motifs_config(config), motifs),
+    ]
     reading = report.Section("How to read this", [
         "These models are small and their training short: the tour shows the instruments, not a verdict on models "
         "of other sizes. In part one, one learning rate an optimiser was chosen on another seed, from a scan over both "
         "arms (`benchmarks/results/tour_learning_rates.csv`). Optimisers are not ranked here: their scans were coarse. "
-        "In part two the rates come from such a scan too (`benchmarks/results/lie_completion_learning_rates.csv`).",
+        "In parts two and three the rates come from such scans too "
+        "(`benchmarks/results/lie_completion_learning_rates.csv` and `finite_motifs_learning_rates.csv`).",
         f"Made by `erlangen tour --seeds {config.seeds} --steps {config.steps}` on {machine}; its last call took "
-        f"{seconds:.0f} s. The logs of all runs are in the folders `runs` and `lie` beside this file.",
+        f"{seconds:.0f} s. The logs of all runs are in the folders `runs`, `lie` and `finite` beside this file.",
     ])  # fmt: skip
     html = report.page(
         "A tour of symmetry in attention",
@@ -413,13 +424,26 @@ def write_report(
         config.out,
         "tour",
         html,
-        {"config": to_dict(config), "seconds": seconds, "machine": machine, "runs": results, "lie": poses},
+        {
+            "config": to_dict(config),
+            "seconds": seconds,
+            "machine": machine,
+            "runs": results,
+            "lie": poses,
+            "finite": motifs,
+        },
         {key: table for part in parts for key, table in part.tables.items()},
     )
 
 
 def _poses_config(config: TourConfig) -> lie_completion.CompletionConfig:
     return tour_lie.declared_config(out=config.out / "lie", seeds=config.seeds, steps=max(1, 6 * config.steps // 5))
+
+
+def _motifs_config(config: TourConfig) -> finite_motifs.MotifConfig:
+    return tour_finite.declared_config(
+        out=config.out / "finite", seeds=config.seeds, steps=max(1, 3 * config.steps // 10)
+    )
 
 
 def tour(config: TourConfig, *, progress: Progress | None = None) -> Path:
@@ -434,7 +458,11 @@ def tour(config: TourConfig, *, progress: Progress | None = None) -> Path:
     """
     require("matplotlib", "report")
     started = time.monotonic()
-    poses, runs = _poses_config(config), declared_runs(config)
-    declared = lie_completion.declared_jobs(poses, lie_completion.kept_cells(poses))
+    poses, motifs, runs = _poses_config(config), _motifs_config(config), declared_runs(config)
+    declared = [
+        *lie_completion.declared_jobs(poses, lie_completion.kept_cells(poses)),
+        *tour_finite.declared_jobs(motifs, finite_motifs.kept_cells(motifs)),
+    ]
     execute_jobs([*declared, *jobs([run.config for run in runs])], workers=config.workers, progress=progress)
-    return write_report(config, [_read(run) for run in runs], lie_completion.measure(poses), time.monotonic() - started)
+    measured = lie_completion.measure(poses), tour_finite.measure(motifs)
+    return write_report(config, [_read(run) for run in runs], *measured, time.monotonic() - started)
