@@ -125,7 +125,7 @@ class _Compiled:
                 self.calls += 1
                 return result
             except torch._dynamo.exc.FailOnRecompileLimitHit:
-                pass
+                pass  # torch has logged it; this call is done with plain operators, below
             except torch._dynamo.exc.BackendCompilerFailed as error:
                 self.works = False
                 reason = str(error).strip().partition("\n")[0]
