@@ -95,7 +95,8 @@ def execute(jobs: Sequence[Job], *, workers: int | None = None, progress: Progre
 
         try:
             while pending:
-                for future in wait(pending, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                done = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED).done
+                for future in sorted(done, key=pending.__getitem__):
                     take(future)
                 show()
                 if told.is_set():
