@@ -136,7 +136,7 @@ def test_errors():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="momentum"):
         run(model, optimizer, steps=1)
-    with pytest.raises(TypeError, match="no head layout is known for Linear"):
+    with pytest.raises(TypeError, match="no layout is known for Linear"):
         gauge.charges(torch.nn.Linear(2, 2), optimizer)
 
 
@@ -144,10 +144,17 @@ def test_layout():
     layout = gauge.head_layouts(make(num_kv_heads=2, positions="rotary", rotary_fraction=0.5))[1]
     assert (layout.num_heads, layout.num_kv_heads, layout.head_dim, layout.rotary_dim) == (4, 2, 8, 4)
     assert layout.group_size == 2
-    assert layout.query == "blocks.1.attention.query"
+    assert layout.query.path == "blocks.1.attention.query"
+    ways = {
+        "query": gauge.rows("q", 4, 8),
+        "key": gauge.rows("k", 2, 8),
+        "value": gauge.rows("v", 2, 8),
+        "output": gauge.rows("o", 4, 8, side="in"),
+    }
+    gauge.HeadLayout(num_heads=4, num_kv_heads=2, head_dim=8, **ways)
     with pytest.raises(ValueError, match="divide"):
-        gauge.HeadLayout(num_heads=4, num_kv_heads=3, head_dim=8, query="q", key="k", value="v", output="o")
-    with pytest.raises(ValueError, match="rotary_dim"):
-        gauge.HeadLayout(
-            num_heads=4, num_kv_heads=4, head_dim=8, query="q", key="k", value="v", output="o", rotary_dim=3
-        )
+        gauge.HeadLayout(num_heads=4, num_kv_heads=3, head_dim=8, **ways)
+    with pytest.raises(ValueError, match="rotary dim"):
+        gauge.HeadLayout(num_heads=4, num_kv_heads=2, head_dim=8, **ways, rotary=gauge.Rotary(dim=3))
+    with pytest.raises(ValueError, match="the key of this layout has 4 slices"):
+        gauge.HeadLayout(num_heads=4, num_kv_heads=4, head_dim=8, **ways)

@@ -163,7 +163,7 @@ def break_symmetry(
         raise ValueError(f"redraw must be 'forward' or 'step', received {redraw!r}")
     layouts = head_layouts(model)
     projections = [
-        (which, model.get_submodule(getattr(layout, which)), layer)
+        (which, model.get_submodule(getattr(layout, which).path), layer)
         for layer, layout in enumerate(layouts)
         for which in ("query", "value")
     ]

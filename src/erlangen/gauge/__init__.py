@@ -6,6 +6,16 @@ foreign one; `charges` measures how far a training run has left the zero-charge 
 """
 
 from ._charges import charges as charges
-from ._layout import HeadLayout as HeadLayout
-from ._layout import head_layouts as head_layouts
-from ._layout import unwrap as unwrap
+from .layout import MLP as MLP
+from .layout import HeadLayout as HeadLayout
+from .layout import LatentAttention as LatentAttention
+from .layout import Layer as Layer
+from .layout import ModelLayout as ModelLayout
+from .layout import Norm as Norm
+from .layout import Projection as Projection
+from .layout import Rotary as Rotary
+from .layout import describes as describes
+from .layout import head_layouts as head_layouts
+from .layout import model_layout as model_layout
+from .layout import rows as rows
+from .layout import unwrap as unwrap

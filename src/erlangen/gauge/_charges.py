@@ -21,7 +21,7 @@ Derived for this library; it agrees with the conservation laws listed for attent
 import torch
 from torch import Tensor, nn
 
-from ._layout import HeadLayout, head_layouts, unwrap
+from .layout import HeadLayout, Projection, Rotary, head_layouts, unwrap
 
 # Names under which optimisers keep a first moment. A nested state (HeavyBall) prefixes the last of them.
 _MOMENTUM_KEYS = ("momentum_buffer", "momentum", "exp_avg")
@@ -48,7 +48,7 @@ def _find_momentum(state: dict, shape: torch.Size) -> Tensor | None:
 
 
 class _Motion:
-    """Weights and velocities of a model's parameters, as [rows, columns] with the bias as one more column."""
+    """Weights and velocities of a model's parameters, by head, with the bias as one more column."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model = model
@@ -68,39 +68,36 @@ class _Motion:
             )
         return position, _full(velocity).view_as(position)
 
-    def has_bias(self, path: str) -> bool:
-        return getattr(self.model.get_submodule(path), "bias", None) is not None
-
-    def rows(self, path: str, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(W | b + offset) and its velocity, both [out, in (+ 1)], of the linear map at ``path``."""
-        weight, weight_velocity = self.position_and_velocity(f"{path}.weight")
-        if not self.has_bias(path):
+    def heads(self, projection: Projection, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(W | b + offset) of the heads and its velocity, both [heads, width, other side (+ 1)]."""
+        weight, weight_velocity = (projection.heads(part) for part in self.position_and_velocity(projection.weight))
+        if projection.bias_name is None or projection.side == "in":
             return weight, weight_velocity
-        bias, bias_velocity = self.position_and_velocity(f"{path}.bias")
+        bias, bias_velocity = self.position_and_velocity(projection.bias_name)
         if offset is not None:
             bias = bias + offset.detach().double().to(bias.device)
+        bias, bias_velocity = projection.head_biases(bias), projection.head_biases(bias_velocity)
         return (
-            torch.cat([weight, bias[:, None]], dim=1),
-            torch.cat([weight_velocity, bias_velocity[:, None]], dim=1),
+            torch.cat([weight, bias[..., None]], dim=-1),
+            torch.cat([weight_velocity, bias_velocity[..., None]], dim=-1),
         )
 
 
-def _relative_charge(terms: list[tuple[Tensor, Tensor]], rotary_dim: int = 0) -> list[float]:
+def _relative_charge(terms: list[tuple[Tensor, Tensor]], rotary: Rotary | None = None) -> list[float]:
     """|J| over its largest possible size, for each head.
 
     Args:
         terms: pairs (velocity, position), each [heads, head_dim, columns]; X is the sum of velocity positionᵀ.
-        rotary_dim: coordinates of which only the plane rotations (i, i + rotary_dim / 2) are symmetries.
+        rotary: positions that leave of the rotations those of their planes, and of coordinates they do not turn.
     """
     moments = [velocity @ position.mT for velocity, position in terms]
     moment = torch.stack(moments).sum(dim=0)
     charge = moment - moment.mT
-    if rotary_dim:
+    if rotary is not None:
         free = torch.zeros(charge.shape[-2:], dtype=torch.bool, device=charge.device)
-        free[rotary_dim:, rotary_dim:] = True
-        plane = torch.arange(rotary_dim // 2, device=charge.device)
-        free[plane, plane + rotary_dim // 2] = True
-        free[plane + rotary_dim // 2, plane] = True
+        free[rotary.dim :, rotary.dim :] = True
+        first, second = rotary.planes(charge.device).unbind(1)
+        free[first, second] = free[second, first] = True
         charge = charge * free
     size = 2 * torch.stack(moments).flatten(2).norm(dim=-1).sum(dim=0)
     smallest = torch.finfo(size.dtype).tiny
@@ -108,30 +105,25 @@ def _relative_charge(terms: list[tuple[Tensor, Tensor]], rotary_dim: int = 0) ->
 
 
 def _layer_charges(motion: _Motion, layout: HeadLayout, query_mean: Tensor | None, value_mean: Tensor | None) -> dict:
-    kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
-
-    def by_kv_head(rows: Tensor) -> Tensor:
-        """[heads * head_dim, columns] -> [kv_heads, head_dim, columns of all heads of the group]."""
-        heads = rows.unflatten(0, (kv_heads, -1, head_dim))
-        return heads.transpose(1, 2).flatten(2)
+    def by_kv_head(heads: Tensor) -> Tensor:
+        """[heads, width, columns] -> [kv_heads, width, columns of all heads of the group]."""
+        return heads.unflatten(0, (layout.num_kv_heads, -1)).transpose(1, 2).flatten(2)
 
     def terms(*projections: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
         return [(by_kv_head(velocity), by_kv_head(position)) for position, velocity in projections]
 
-    key = motion.rows(layout.key)
-    output_weight, output_velocity = motion.position_and_velocity(f"{layout.output}.weight")
-    columns = (output_weight.mT, output_velocity.mT)
+    key, output = motion.heads(layout.key), motion.heads(layout.output)
 
     def qk(offset: Tensor | None) -> list[float]:
-        return _relative_charge(terms(motion.rows(layout.query, offset), key), layout.rotary_dim)
+        return _relative_charge(terms(motion.heads(layout.query, offset), key), layout.rotary)
 
     def vo(offset: Tensor | None) -> list[float]:
-        return _relative_charge(terms(motion.rows(layout.value, offset), columns))
+        return _relative_charge(terms(motion.heads(layout.value, offset), output))
 
     sectors = {"qk": qk(None), "vo": vo(None)}
-    if query_mean is not None and motion.has_bias(layout.query):
+    if query_mean is not None and layout.query.bias:
         sectors["qk_affine"] = qk(query_mean)
-    if value_mean is not None and motion.has_bias(layout.value):
+    if value_mean is not None and layout.value.bias:
         sectors["vo_affine"] = vo(value_mean)
     return sectors
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from erlangen.gauge import HeadLayout, head_layouts
+from erlangen.gauge import MLP as MLPLayout
+from erlangen.gauge import HeadLayout, Layer, ModelLayout, Norm, describes, rows
+from erlangen.gauge import Rotary as RotaryLayout
 
 from .config import GPTConfig
 
@@ -214,20 +216,50 @@ class GPT(nn.Module):
         return tokens
 
 
-@head_layouts.register
-def _(model: GPT) -> tuple[HeadLayout, ...]:
+@describes(GPT)
+def layout(model: GPT) -> ModelLayout:
+    """Where a model keeps its weights."""
     config = model.config
-    return tuple(
-        HeadLayout(
-            num_heads=config.num_heads,
-            num_kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            query=f"blocks.{layer}.attention.query",
-            key=f"blocks.{layer}.attention.key",
-            value=f"blocks.{layer}.attention.value",
-            output=f"blocks.{layer}.attention.output",
-            rotary_dim=config.rotary_dim,
+    heads, kv_heads, width = config.num_heads, config.kv_heads, config.head_dim
+    eps = model.norm.eps
+
+    def norm(path: str) -> Norm:
+        return Norm(path=path, kind="layer", eps=eps, bias=config.bias)
+
+    def layer(path: str) -> Layer:
+        attention = HeadLayout(
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=width,
+            query=rows(f"{path}.attention.query", heads, width, bias=config.attention_bias),
+            key=rows(f"{path}.attention.key", kv_heads, width, bias=config.attention_bias),
+            value=rows(f"{path}.attention.value", kv_heads, width, bias=config.attention_bias),
+            output=rows(f"{path}.attention.output", heads, width, side="in", bias=config.attention_bias),
+            rotary=RotaryLayout(dim=config.rotary_dim) if config.rotary_dim else None,
             qk_norm=config.qk_norm,
         )
-        for layer in range(config.num_layers)
+        hidden = config.hidden_dim
+        mlp = MLPLayout(
+            up=rows(f"{path}.mlp.up", 1, hidden, bias=config.bias),
+            gate=rows(f"{path}.mlp.gate", 1, hidden, bias=config.bias) if config.mlp == "swiglu" else None,
+            down=rows(f"{path}.mlp.down", 1, hidden, side="in", bias=config.bias),
+            activation={"swiglu": "silu"}.get(config.mlp, config.mlp),
+        )
+        return Layer(
+            attention=attention,
+            mlp=mlp,
+            attention_norm=norm(f"{path}.attention_norm"),
+            mlp_norm=norm(f"{path}.mlp_norm"),
+        )
+
+    return ModelLayout(
+        kind="erlangen",
+        dim=config.dim,
+        vocab_size=model.head.out_features,
+        token_embedding="token_embedding.weight",
+        other_embeddings={} if model.rotary is not None else {"position_embedding.weight": config.context_length},
+        layers=tuple(layer(f"blocks.{number}") for number in range(config.num_layers)),
+        final_norm=norm("norm"),
+        unembedding=None if config.tie_embeddings else rows("head", 1, model.head.out_features),
+        tied=config.tie_embeddings,
     )
