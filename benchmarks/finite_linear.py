@@ -1,24 +1,53 @@
-"""Equivariant linear layers against ``torch.nn.Linear`` of the same width, on CPU: forward, and forward + backward.
+"""Equivariant layers against dense ones of the same width, on CPU: forward, and forward + backward.
 
-Channels are copies of the regular representation, in as out; the baseline is the dense layer in the same rounds, and
-``ratio`` its inverse speed-up. ``config_json`` has the theoretical factor (fewer multiplications, see
-``erlangen.finite.linear``), the measured one and their quotient, to be 0.8 or more.
+"linear" is `EquivariantLinear` against ``torch.nn.Linear``, "block" a whole `EquivariantBlock` (attention and a
+feed-forward layer of fourfold width) against the same block of dense maps. Channels are copies of the regular
+representation, in as out; the baseline is the dense layer in the same rounds, and ``ratio`` the inverse speed-up.
+``config_json`` has the theoretical factor of the linear maps (fewer multiplications, see ``erlangen.finite.linear``),
+the measured one and their quotient.
+
+A fresh result of 32 MB or more costs the system a page fault for each 4 kB of it, as long as the C library gives freed
+memory back at once. By default the benchmark starts itself again with settings of glibc that keep it (what a caching
+allocator does on a GPU), for both sides; with ``--memory returned`` it does not.
 
 python benchmarks/finite_linear.py --groups "reverse_complement(6)" "symmetric(3)" "dihedral(4)"
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from erlangen.bench import record
-from erlangen.finite import PermutationGroup, parse
-from erlangen.finite.linear import EquivariantLinear, EquivariantMLP
+from erlangen.finite import EquivariantBlock, PermutationGroup, parse
+from erlangen.finite.linear import EquivariantLinear
 
 RESULTS = Path(__file__).parent / "results"
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 34), "MALLOC_TRIM_THRESHOLD_": str(1 << 36)}
+
+
+class DenseBlock(nn.Module):
+    """The dense twin of `EquivariantBlock`."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query, self.key, self.value, self.output = (nn.Linear(dim, dim) for _ in range(4))
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention_norm(x)
+        heads = [
+            part(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
+        ]
+        x = x + self.output(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.mlp_norm(x))
 
 
 def theoretical(group: PermutationGroup) -> float:
@@ -44,12 +73,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", default=["reverse_complement(6)", "symmetric(3)", "dihedral(4)"])
     parser.add_argument("--channels", type=int, nargs="+", default=[512, 1024, 2048], help="to the nearest multiple")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--block-channels", type=int, default=1024, help="blocks are measured up to so many")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--mlp", action="store_true", help="also an MLP of fourfold width against the dense one")
+    parser.add_argument("--layers", nargs="+", choices=("linear", "block"), default=["linear", "block"])
+    parser.add_argument(
+        "--memory", choices=("kept", "returned"), default="kept", help="what the C library does with it"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "finite_linear.csv")
     arguments = parser.parse_args()
+    if arguments.memory == "kept" and not KEEP.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     torch.set_num_threads(arguments.threads)
     for name in arguments.groups:
         for channels in arguments.channels:
@@ -60,11 +95,15 @@ def run(group: PermutationGroup, channels: int, arguments: argparse.Namespace) -
     generator = torch.Generator().manual_seed(0)
     copies = max(1, round(channels / group.order))
     dim, factor = copies * group.order, theoretical(group)
-    x = torch.randn(arguments.tokens, dim, generator=generator)
-    pairs = {"linear": (EquivariantLinear(group, dim, dim, generator=generator), nn.Linear(dim, dim))}
-    if arguments.mlp:
-        dense = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        pairs["mlp"] = (EquivariantMLP(group, dim, 4 * dim, generator=generator), dense)
+    x = torch.randn(arguments.tokens // group.degree, group.degree, dim, generator=generator)
+    pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
+    if "linear" in arguments.layers:
+        pairs["linear"] = EquivariantLinear(group, dim, dim, generator=generator), nn.Linear(dim, dim)
+    if "block" in arguments.layers and channels <= arguments.block_channels:
+        heads = group.order * max(1, round(copies / 64))  # about 64 wide, and as many as the group permutes
+        while copies * group.order % heads or copies % (heads // group.order):
+            heads -= group.order
+        pairs["block"] = EquivariantBlock(group, dim, heads, generator=generator), DenseBlock(dim, heads)
     rows = []
     for what, (layer, dense) in pairs.items():
         ours, theirs = passes(layer, x), passes(dense, x)
@@ -78,7 +117,8 @@ def run(group: PermutationGroup, channels: int, arguments: argparse.Namespace) -
                 flush=True,
             )
             config = {
-                "group": str(group), "copies": copies, "tokens": arguments.tokens, "pass": which,
+                "group": str(group), "copies": copies, "tokens": x[..., 0].numel(), "pass": which,
+                "memory": arguments.memory,
                 "theoretical": round(factor, 4), "speedup": round(speedup, 4),
                 "of_theoretical": round(speedup / factor, 4),
             }  # fmt: skip

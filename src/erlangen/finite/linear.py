@@ -107,8 +107,12 @@ def block_linear(
         k, n_out, n_in = weight.shape
         inputs = x_TD[:, start_in : start_in + k * r * n_in].unflatten(1, (k * r, n_in)).transpose(0, 1)
         outputs = y_TD[:, start_out : start_out + k * r * n_out].unflatten(1, (k * r, n_out)).transpose(0, 1)
-        weight = weight.mT.contiguous()  # small, and a tenth faster to multiply with
-        torch.bmm(inputs, weight[:, None].expand(k, r, n_in, n_out).flatten(0, 1), out=outputs)
+        weight = weight.mT if r == 1 else weight.mT[:, None].expand(k, r, n_in, n_out).flatten(0, 1)
+        if bias is not None and start_out == 0 and len(bias) == n_out:  # a product that adds beats a sum afterwards
+            torch.addmm(bias, inputs[0], weight[0], out=outputs[0])
+            inputs, outputs, weight, bias = inputs[1:], outputs[1:], weight[1:], None
+        if len(weight):
+            torch.bmm(inputs, weight, out=outputs)
     if bias is not None:
         y_TD[:, : len(bias)] += bias
     return y_TD
@@ -253,6 +257,11 @@ class EquivariantLinear(nn.Module):
         self.target = _representation(group, out_dim, "out_dim")
         self.in_dim, self.out_dim = self.source.dim, self.target.dim
         self._runs = _runs(self.source, self.target)
+        self._places = [
+            [run.start_in for run in self._runs],
+            [run.start_out for run in self._runs],
+            [run.repeats for run in self._runs],
+        ]
         self.weights = nn.ParameterList(
             torch.empty(len(run.irreps), run.endo, run.copies_out, run.copies_in) for run in self._runs
         )
@@ -308,13 +317,11 @@ class EquivariantLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weights = x.to(dtype), [weight.to(dtype) for weight in weights]
             bias = None if bias is None else bias.to(dtype)
-        starts_in, starts_out = [run.start_in for run in self._runs], [run.start_out for run in self._runs]
-        repeats = [run.repeats for run in self._runs]
         x_TD = x.reshape(-1, self.in_dim)
         # torch.func (grad, vmap, ...) takes plain operations only, no operator of a library (torch 2.13)
         plain = torch._C._functorch.peek_interpreter_stack() is not None and not torch.compiler.is_compiling()
         product = block_linear_reference if plain else block_linear
-        y_TD = product(x_TD, weights, bias, starts_in, starts_out, repeats, self.out_dim)
+        y_TD = product(x_TD, weights, bias, *self._places, self.out_dim)
         return y_TD.reshape(*x.shape[:-1], self.out_dim)
 
     def _dense(self, index: int) -> Tensor:
