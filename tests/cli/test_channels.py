@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from erlangen.cli import channels, main
+from erlangen.cli import _channels_maps, _channels_windows, main
+from erlangen.finite import dihedral, energy_null, parse, reversal, reverse_complement, scan
 from erlangen.finite.channels import channel_energies
-from erlangen.finite.discovery import energy_null, scan
-from erlangen.finite.groups import dihedral, parse, reversal, reverse_complement
 from erlangen.finite.sequences import read_fasta
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'erlangen[report]'")
@@ -262,16 +261,16 @@ def test_safetensors_in_half_precision_windows_and_many_channels(tmp_path, gener
 def test_ctrl_c_writes_what_was_measured(tmp_path, monkeypatch, capsys):
     path = write_sequences(tmp_path / "some.fa")
     out = tmp_path / "out"
-    monkeypatch.setattr(channels, "_CHUNK", LENGTH * 300)
+    monkeypatch.setattr(_channels_windows, "CHUNK", LENGTH * 300)
     calls = []
 
-    def stopped(windows, group, real=channels.invariant_energy):
+    def stopped(windows, group, real=_channels_windows.invariant_energy):
         calls.append(len(windows))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return real(windows, group)
 
-    monkeypatch.setattr(channels, "invariant_energy", stopped)
+    monkeypatch.setattr(_channels_windows, "invariant_energy", stopped)
     assert call(path, "--window", LENGTH, "--out", out) == 130
     assert "stopped after 600 of 2,052 windows" in capsys.readouterr().out
     assert len(table(out)) == 600 and data(out)["stopped"]
@@ -281,7 +280,7 @@ def test_ctrl_c_writes_what_was_measured(tmp_path, monkeypatch, capsys):
     def at_once(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(channels, "channel_transfer", at_once)
+    monkeypatch.setattr(_channels_maps, "channel_transfer", at_once)
     before = (out / "channels.csv").read_bytes()
     assert call(tmp_path / "maps.npy", "--out", out) == 130
     assert "erlangen: stopped" in capsys.readouterr().err
@@ -314,7 +313,7 @@ def test_results_of_something_else_are_left_alone(tmp_path, capsys):
 def test_a_table_of_too_many_windows_has_the_most_significant(tmp_path, monkeypatch):
     path = write_sequences(tmp_path / "some.fa")
     assert call(path, "--window", LENGTH, "--out", tmp_path / "all") == 0
-    monkeypatch.setattr(channels, "MAX_ROWS", 50)
+    monkeypatch.setattr(_channels_windows, "MAX_ROWS", 50)
     assert call(path, "--window", LENGTH, "--out", tmp_path / "some") == 0
     every, some = table(tmp_path / "all"), table(tmp_path / "some")
     assert len(some) == 50 and [row for row in every if row in some] == some

@@ -4,17 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from erlangen.finite import cyclic, reversal
 from erlangen.finite.attention import EquivariantAttention
-from erlangen.finite.groups import cyclic, reversal
 from erlangen.finite.partial import PartialBias, PartialLinear
 from erlangen.finite.windows import Windows
 
 B, D = 2, 4
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(5)
 
 
 class Mixing(nn.Module):

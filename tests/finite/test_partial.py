@@ -1,52 +1,28 @@
 """The dial, against the isotypic parts as sums over the group with dense matrices."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
 import torch
+from finite_cases import UNLIKE_ORBITS, WINDOW_GROUPS, permutation_matrices, some_elements
 
-from erlangen.finite.groups import (
-    PermutationGroup,
-    alternating,
+from erlangen.finite import (
     cyclic,
     dihedral,
-    inverted_repeat,
     klein,
     quaternion,
     reversal,
     reverse_complement,
     symmetric,
-    wreath_product,
 )
 from erlangen.finite.irreps import Representation
 from erlangen.finite.linear import EquivariantLinear
 from erlangen.finite.partial import PartialBias, PartialLinear, unit_interval
 
-GROUPS = [
-    cyclic(5),
-    cyclic(6),
-    dihedral(4),
-    dihedral(5),
-    symmetric(3),
-    symmetric(4),
-    alternating(4),
-    klein(),
-    quaternion(),
-    reversal(5),
-    reverse_complement(6),
-    inverted_repeat(2, 1),
-    wreath_product(cyclic(2), cyclic(2)),
-    PermutationGroup([[1, 2, 0, 4, 3, 5, 7, 8, 6]]),  # orbits of 3, 2, 1 and 3
-]
 
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(5)
-
-
-@pytest.fixture(params=GROUPS, ids=repr)
+@pytest.fixture(params=WINDOW_GROUPS, ids=repr)
 def group(request):
     return request.param
 
@@ -83,7 +59,7 @@ def orbit_of(layer, value):
         out = torch.stack([layer.target.matrix(h) for h in range(group.order)])
         inn = torch.stack([layer.source.matrix(h) for h in range(group.order)])
         return out @ value @ inn.mT
-    moves = torch.eye(group.degree, dtype=torch.float64)[torch.from_numpy(group.positions)].mT[:, None]
+    moves = torch.from_numpy(permutation_matrices(group.positions))[:, None]
     return moves @ value @ moves.mT
 
 
@@ -97,9 +73,20 @@ def applied(layer):
     return layer() if isinstance(layer, PartialBias) else layer.weight_and_bias()[0]
 
 
+@functools.cache
+def made_once(make, group):
+    return make(group, torch.Generator().manual_seed(5))
+
+
 @pytest.fixture(params=[random_linear, random_bias])
-def layer(request, group, generator):
-    return request.param(group, generator)
+def layer(request, group):
+    return copy.deepcopy(made_once(request.param, group))
+
+
+# of each kind of irrep, with letters, and of orbits that are not alike: for what does not depend on the group
+few_groups = pytest.mark.parametrize(
+    "group", [symmetric(3), cyclic(5), quaternion(), reverse_complement(6), UNLIKE_ORBITS], ids=repr
+)
 
 
 def test_parts_are_those_of_the_character_formula(layer):
@@ -144,7 +131,7 @@ def test_at_zero_it_commutes_and_at_one_it_is_free(layer, generator):
     assert layer.equivariance_error() == 0 and layer.measured_error() < 1e-24
     if isinstance(layer, PartialLinear):
         x = torch.randn(3, layer.in_dim, generator=generator, dtype=torch.float64)
-        for h in range(layer.group.order):
+        for h in some_elements(layer.group):
             moved = layer(layer.source.act(h, x))
             torch.testing.assert_close(moved, layer.target.act(h, layer(x)), rtol=0, atol=1e-12)
     layer.set_gamma(1.0)
@@ -155,6 +142,7 @@ def test_at_zero_it_commutes_and_at_one_it_is_free(layer, generator):
     torch.testing.assert_close(energies.sum(), total, rtol=1e-12, atol=0)  # Parseval
 
 
+@few_groups
 def test_the_table(layer):
     rows = layer.table()
     assert [row["channel"] for row in rows] == ["1", *(irrep.name for irrep in layer.channels)]
@@ -212,6 +200,7 @@ def test_activations_keep_their_variance(gamma, generator):
         assert variance == pytest.approx(1, abs=0.1), (group, variance)
 
 
+@few_groups
 def test_gradients(layer, generator):
     """Of what is applied and of the error, with respect to weights and dials; all dials are reached."""
     for function in (applied, lambda layer: layer.equivariance_error()):
@@ -227,7 +216,7 @@ def test_gradients(layer, generator):
     names = [f"layer.{name}" for name in names]
     values = [p.detach().clone().requires_grad_() for p in layer.parameters()]
     assert torch.autograd.gradcheck(call, values, fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, values, fast_mode=True, atol=1e-4)
+    assert torch.autograd.gradgradcheck(call, values, fast_mode=True, atol=1e-4, check_undefined_grad=False)
 
 
 class Applied(torch.nn.Module):
@@ -257,8 +246,8 @@ def test_the_dials_are_learned(start, generator):
     layer = PartialLinear(group, 6, 6, bias=False, gamma=start, generator=generator)
     x = torch.randn(256, 6, generator=generator)
     wanted = target(x).detach()
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.03)
-    for _ in range(300):
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.06)
+    for _ in range(150):
         optimizer.zero_grad()
         lasso = (layer.gamma * layer.part_energies()[1:].sqrt()).sum()
         ((layer(x) - wanted).square().mean() + 0.01 * lasso).backward()
@@ -306,13 +295,14 @@ def test_moved_to_float64_it_is_exact(group, generator):
         assert value.dtype == torch.float64 and (orbit_of(layer, value) - value).abs().max() < 1e-12
     x = torch.randn(3, given.dim, generator=generator)
     single = linear.float()
-    for h in range(group.order):
+    for h in some_elements(group):
         moved = single(given.act(h, x))
         torch.testing.assert_close(moved, wanted.act(h, single(x)), rtol=0, atol=1e-4)
     single.set_gamma(0.5)
     torch.testing.assert_close(single.measured_error(), single.equivariance_error().detach(), rtol=1e-5, atol=0)
 
 
+@few_groups
 def test_copies_states_and_other_devices(layer):
     twin = copy.deepcopy(layer)
     torch.testing.assert_close(applied(twin), applied(layer), rtol=0, atol=0)
@@ -330,6 +320,7 @@ def test_copies_states_and_other_devices(layer):
     torch.testing.assert_close(applied(empty), applied(layer), rtol=0, atol=0)
 
 
+@few_groups
 def test_as_an_ordinary_layer(group, generator):
     layer = random_linear(group, generator)
     x = torch.randn(2, 3, layer.in_dim, generator=generator, dtype=torch.float64)

@@ -1,8 +1,6 @@
 """Files of sequences and motifs: what is read, and what is refused with file and line."""
 
 import gzip
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,13 +20,6 @@ def write(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture(scope="module")
-def dna():
-    if "ERLANGEN_DATA" not in os.environ:
-        pytest.skip("ERLANGEN_DATA is not set: no real sequences")
-    return Path(os.environ["ERLANGEN_DATA"]) / "dna"
 
 
 def test_encode():

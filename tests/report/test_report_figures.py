@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from erlangen.report import Arrows, IntervalRow, Series, arrows, curves, heat_map, intervals, small_multiples
+from erlangen.report import figures as report_figures
 
 matplotlib = pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'erlangen[report]'")
 
 STEPS = np.arange(20)
+BLUE, ORANGE = "#0072b2", "#d55e00"  # of the first and the second label
 LABELS = {"x_label": "step", "y_label": "loss"}
 
 
@@ -22,6 +24,48 @@ def noisy(seeds=3, scale=1.0):
 def texts(svg):
     ET.fromstring(svg)  # well formed
     return [text for node in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text") if (text := node.text)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Calls a figure function and gives matplotlib's figure, of which it made the SVG."""
+    figures, write = [], report_figures._svg
+    monkeypatch.setattr(report_figures, "_svg", lambda figure: write(figures.append(figure) or figure))
+
+    def draw(function, *args, **options):
+        texts(function(*args, **options))
+        return figures.pop()
+
+    return draw
+
+
+def ticks(axis):
+    """Place of each label of an axis."""
+    return {label.get_text(): place for label, place in zip(axis.get_ticklabels(), axis.get_ticklocs())}
+
+
+def assert_curves_are_drawn(axes, y, colour):
+    """All of one series [seeds, 20]: the mean, where all seeds have a value, up to eight thin seeds, and one band.
+
+    On a logarithmic axis, what is below the tick that says 0 is drawn there.
+    """
+    y = np.where(np.isfinite(np.atleast_2d(y)), y, np.nan)
+    floor = ticks(axes.yaxis).get("0", 0.0) if axes.get_yscale() == "log" else -np.inf
+    lines = {width: [] for width in (0.6, 1.8)}
+    for line in axes.lines:
+        if line.get_color() == colour:
+            lines[line.get_linewidth()].append(line.get_xydata())
+    expected = [y.mean(0)], (list(y) if 1 < len(y) <= 8 else [])
+    for found, wanted in zip((lines[1.8], lines[0.6]), expected):
+        assert len(found) == len(wanted)
+        for xy, values in zip(found, wanted):
+            finite = np.isfinite(values)
+            np.testing.assert_array_equal(xy[:, 0], STEPS[finite])
+            np.testing.assert_allclose(xy[:, 1], np.maximum(values[finite], floor), rtol=1e-12, atol=0)
+            low, high = axes.get_ylim()
+            assert ((low <= xy[:, 1]) & (xy[:, 1] <= high)).all() and low < high
+    bands = [band for band in axes.collections if matplotlib.colors.to_hex(band.get_facecolor()[0]) == colour]
+    assert len(bands) == (len(y) > 1)
 
 
 def test_curves_name_their_labels_groups_and_axes():
@@ -57,24 +101,57 @@ def test_the_same_data_gives_the_same_bytes_whatever_the_users_settings():
     ],
     ids=["zeros", "nan", "part", "infinite", "one seed, flat", "many", "constant", "tiny"],
 )
-def test_awkward_values_are_drawn_without_a_warning(y, log_y):
-    texts(curves([Series("awkward", STEPS, y), Series("plain", STEPS, noisy())], log_y=log_y, **LABELS))
-    texts(curves([Series("awkward", STEPS, y)], log_y=log_y, **LABELS))
+def test_awkward_values_are_drawn(y, log_y, drawn):
+    awkward, plain = Series("awkward", STEPS, y), Series("plain", STEPS, noisy())
+    for series in ([awkward, plain], [awkward]):
+        figure = drawn(curves, series, log_y=log_y, **LABELS)
+        (axes,) = figure.axes
+        assert_curves_are_drawn(axes, y, BLUE)
+        if len(series) == 2:
+            assert_curves_are_drawn(axes, noisy(), ORANGE)
+        assert [text.get_text() for text in figure.legends[0].texts] == [one.label for one in series]
+        finite = np.concatenate([np.ravel(one.y) for one in series])
+        finite = finite[np.isfinite(finite)]
+        says_zero = "drawn as 0" in axes.get_ylabel()
+        assert says_zero == (log_y and (not finite.any() or finite.min() < 1e-18 * finite.max()))
+        assert not log_y or says_zero == ("0" in ticks(axes.yaxis))
+
+
+def test_the_comparison_of_curves_sees_what_is_wrong(drawn):
+    y = noisy()
+    (axes,) = drawn(curves, [Series("a", STEPS, y)], **LABELS).axes
+    assert_curves_are_drawn(axes, y, BLUE)
+    half = np.where(STEPS > 10, np.nan, y)
+    for wrong, colour in ((1.001 * y, BLUE), (y[:2], BLUE), (half, BLUE), (y, ORANGE)):
+        with pytest.raises(AssertionError):
+            assert_curves_are_drawn(axes, wrong, colour)
+    axes.set_ylim(0, y.mean())  # cuts the top off
+    with pytest.raises(AssertionError):
+        assert_curves_are_drawn(axes, y, BLUE)
 
 
 @pytest.mark.parametrize("log_y", [False, True])
-def test_a_single_point_is_drawn(log_y):
-    texts(curves([Series("one point", [3], noisy()[:, :1]), Series("zero", [3], [0.0])], log_y=log_y, **LABELS))
+def test_a_single_point_is_drawn(log_y, drawn):
+    series = [Series("one point", [3], noisy()[:, :1]), Series("zero", [3], [0.0])]
+    (axes,) = drawn(curves, series, log_y=log_y, **LABELS).axes
+    points = [line for line in axes.lines if line.get_marker() == "o" and line.get_linewidth() == 1.8]
+    assert [line.get_color() for line in points] == [BLUE, ORANGE]
+    zero = ticks(axes.yaxis)["0"] if log_y else 0.0
+    np.testing.assert_allclose([line.get_xydata()[0] for line in points], [[3, noisy()[:, 0].mean()], [3, zero]])
+    for low, high, places in ((*axes.get_xlim(), [3]), (*axes.get_ylim(), [zero, noisy()[:, 0].max()])):
+        assert all(low < place < high for place in places)
 
 
-def test_a_logarithmic_x_axis_is_marked_at_values_of_the_series():
+def test_a_logarithmic_x_axis_is_marked_at_values_of_the_series(drawn):
     sizes = [256, 512, 1024, 2048]
     series = [Series("a", sizes, [1.0, 2.0, 4.0, 8.0]), Series("b", sizes[:2], [3.0, 9.0])]
     words = texts(curves(series, log_x=True, log_y=True, **LABELS))
     assert {"256", "512", "1024", "2048"} <= set(words)
-    ticks = re.findall(r'id="xtick_\d+".*?<use [^>]*x="([\d.]+)"', curves(series, log_x=True, **LABELS), re.S)
-    assert np.allclose(np.diff(np.diff(np.array(ticks, dtype=float))), 0, atol=1e-3), "equal factors, equal distances"
-    texts(curves([Series("one point", [64], [3.0])], log_x=True, log_y=True, **LABELS))
+    places = re.findall(r'id="xtick_\d+".*?<use [^>]*x="([\d.]+)"', curves(series, log_x=True, **LABELS), re.S)
+    assert np.allclose(np.diff(np.diff(np.array(places, dtype=float))), 0, atol=1e-3), "equal factors, equal distances"
+    (axes,) = drawn(curves, [Series("one point", [64], [3.0])], log_x=True, log_y=True, **LABELS).axes
+    assert ticks(axes.xaxis) == {"64": 64} and axes.get_xlim()[0] < 64 < axes.get_xlim()[1]
+    assert axes.lines[0].get_xydata().tolist() == [[64, 3]] and axes.lines[0].get_marker() == "o"
     with pytest.raises(ValueError, match="x axis has no place for 0"):
         curves([Series("a", [0, 1], [1.0, 2.0])], log_x=True, **LABELS)
 
@@ -121,8 +198,18 @@ def test_small_multiples_have_one_legend():
     assert words.count("other") == 1
 
 
-def test_more_labels_than_colours_are_told_apart_by_a_marker():
-    texts(curves([Series(f"label {k}", STEPS, noisy() + k) for k in range(10)], **LABELS))
+def test_more_labels_than_colours_are_told_apart_by_a_marker(drawn):
+    figure = drawn(curves, [Series(f"label {k}", STEPS, noisy() + k) for k in range(10)], **LABELS)
+    lines = [line for line in figure.axes[0].lines if line.get_linewidth() == 1.8]
+    looks = [(line.get_color(), line.get_marker()) for line in lines]
+    assert len(set(looks)) == 10 and len({colour for colour, _ in looks}) == 8
+    assert [marker for _, marker in looks] == [""] * 8 + ["o"] * 2
+    for k, line in enumerate(lines):
+        np.testing.assert_allclose(line.get_ydata(), noisy().mean(0) + k)
+    (legend,) = figure.legends  # which says the same
+    entries = zip(legend.texts, legend.legend_handles)
+    named = {text.get_text(): (handle.get_color(), handle.get_marker()) for text, handle in entries}
+    assert [named[f"label {k}"] for k in range(10)] == looks
 
 
 def test_intervals_say_where_there_is_one_seed_or_no_value():
@@ -135,7 +222,7 @@ def test_intervals_say_where_there_is_one_seed_or_no_value():
     assert {"clear", "one", "diverged & <lost>", "n = 1", "no value", "difference", "Differences"} <= set(words)
 
 
-def test_arrows_name_their_labels_and_leave_out_what_is_not_finite():
+def test_arrows_name_their_labels_and_leave_out_what_is_not_finite(drawn):
     def draw(x=(0.0, 2.0)):
         groups = [Arrows("given", x, [0.0, 1.0], [0.0, 1.0], "given"), Arrows("missing", [1.0], [0.5], [0.5], "truth")]
         return arrows(
@@ -146,7 +233,10 @@ def test_arrows_name_their_labels_and_leave_out_what_is_not_finite():
     assert {"given", "missing", "answer", "east", "north"} <= set(texts(first))
     assert draw() == first != draw((0.0, 2.5))
     assert "nan" not in first.lower()
-    texts(arrows([Arrows("one", [3.0], [3.0], [0.0])], **LABELS))
+    (axes,) = drawn(arrows, [Arrows("one", [3.0], [2.0], [0.0])], **LABELS).axes
+    (quiver,) = axes.collections
+    assert quiver.get_offsets().tolist() == [[3, 2]] and (quiver.U.item(), quiver.V.item()) == (1, 0)
+    assert axes.get_xlim()[0] < 3 < axes.get_xlim()[1] and axes.get_ylim()[0] < 2 < axes.get_ylim()[1]
     with pytest.raises(ValueError, match="no place"):
         arrows([Arrows("none", [np.nan], [0.0], [0.0])], **LABELS)
     with pytest.raises(ValueError, match=r"'short'.*\(2,\)"):
@@ -198,9 +288,34 @@ def test_the_colours_of_a_heat_map_say_size_and_sign():
     assert white == ["2", "−2"], "white numbers on dark cells only"
 
 
-@pytest.mark.parametrize("values", [np.zeros((2, 2)), np.full((2, 2), np.nan), [[np.inf, 1], [-np.inf, 0]]])
-def test_awkward_cells_are_drawn_without_a_warning(values):
-    texts(heat_map(values, ["a", "a label of many words"], ["b", "another label of many words"]))
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (np.zeros((2, 2)), "0000"),
+        (np.full((2, 2), np.nan), "––––"),
+        ([[np.inf, 1], [-np.inf, 0]], "–1–0"),
+        ([[1e-300, 0], [-1e300, np.nan]], ["1e−300", "0", "−1e+300", "–"]),
+    ],
+    ids=["zeros", "nan", "infinite", "far apart"],
+)
+def test_awkward_cells_are_drawn(values, says, drawn):
+    rows, columns = ["a", "a label of many words"], ["b", "another label of many words"]
+    figure = drawn(heat_map, values, rows, columns)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == list(says)
+    assert [text.get_position() for text in axes.texts] == [(0.5, 0.5), (1.5, 0.5), (0.5, 1.5), (1.5, 1.5)]
+    for cell, place, text in zip(axes.patches, np.ndindex(2, 2), says):
+        assert cell.get_xy() == place[::-1]
+        colour = matplotlib.colors.to_hex(cell.get_facecolor())
+        wanted = {"0": "#ffffff", "1e−300": "#ffffff", "1": BLUE, "−1e+300": ORANGE, "–": "#ededed"}
+        assert colour == wanted[text]
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 2), (2, 0)), "the first row is on top"
+    for axis, labels in ((axes.xaxis, columns), (axes.yaxis, rows)):
+        assert [label.replace("\n", " ") for label in ticks(axis)] == labels
+        for label in axis.get_ticklabels():
+            box = label.get_window_extent()
+            assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, "a label is cut off"
+            assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, "a label is cut off"
 
 
 def test_a_heat_map_refuses_what_does_not_fit():

@@ -2,14 +2,14 @@
 
 import math
 import re
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from erlangen import report
 
-if TYPE_CHECKING:
-    from .channels import ChannelsConfig, Maps, Windows
+from ._channels_config import ChannelsConfig
+from ._channels_maps import Maps
+from ._channels_windows import Windows
 
 NUM_BEST = 20
 NUM_CHANNELS = 8  # in a heat map, as many as can be read on a phone
@@ -23,17 +23,15 @@ def percent(share: float) -> str:
     return f"{value:.0f}" if value < 0.005 or value >= 99.95 else f"{value:.2f}" if value < 9.995 else f"{value:.1f}"
 
 
-def summary(config: "ChannelsConfig", result: "Windows | Maps") -> list[str]:
+def summary(config: ChannelsConfig, result: Windows | Maps) -> list[str]:
     """The answer in a few sentences."""
-    from .channels import Maps  # which imports this module
-
     return _maps_summary(config, result) if isinstance(result, Maps) else _windows_summary(config, result)
 
 
 # --- sequences and motifs -------------------------------------------------------------------------------------------
 
 
-def _windows_summary(config: "ChannelsConfig", result: "Windows") -> list[str]:
+def _windows_summary(config: ChannelsConfig, result: Windows) -> list[str]:
     num_windows, found = len(result.energy), int((result.q <= config.fdr).sum())
     whole = result.kind == "motifs" and result.group is None
     window = "each as a whole" if whole else f"in {_number(num_windows, 'windows')} of {result.length[0]} positions"
@@ -62,7 +60,7 @@ def _windows_summary(config: "ChannelsConfig", result: "Windows") -> list[str]:
     return lines
 
 
-def windows_page(config: "ChannelsConfig", result: "Windows") -> str:
+def windows_page(config: ChannelsConfig, result: Windows) -> str:
     """The HTML for windows of sequences or motifs."""
     sequences = result.kind == "sequences"
     whole = not sequences and result.group is None
@@ -122,7 +120,7 @@ def windows_page(config: "ChannelsConfig", result: "Windows") -> str:
     return report.page(f"Channels of {config.file.name}", _windows_summary(config, result), sections)
 
 
-def _histogram(result: "Windows", null: str) -> str:
+def _histogram(result: Windows, null: str) -> str:
     """Shares by energy, on the values that occur if they are few, else in bins."""
     likely = result.null_probabilities > 1e-3 / max(len(result.energy), 1000)
     lowest = min(float(result.energy.min()), float(result.null_values[likely].min()))
@@ -142,12 +140,12 @@ def _histogram(result: "Windows", null: str) -> str:
     )
 
 
-def _frequencies(result: "Windows") -> str:
+def _frequencies(result: Windows) -> str:
     shares = ", ".join(f"{letter} {share:.3f}" for letter, share in result.frequencies.items())
     return f"Frequencies of the letters: {shares}."
 
 
-def _along(config: "ChannelsConfig", result: "Windows") -> report.Figure | None:
+def _along(config: ChannelsConfig, result: Windows) -> report.Figure | None:
     """Mean energy by the place in the sequence; of a few sequences, the largest energy of each."""
     assert result.group is not None
     length = result.group.degree
@@ -193,7 +191,7 @@ def _along(config: "ChannelsConfig", result: "Windows") -> report.Figure | None:
     return report.Figure(svg, caption, "The mean energy against the place in the sequence, and the one expected.")
 
 
-def _best(config: "ChannelsConfig", result: "Windows", thing: str) -> report.Table:
+def _best(config: ChannelsConfig, result: Windows, thing: str) -> report.Table:
     rows: list[tuple] = []
     emphasised = []
     for w in result.best(NUM_BEST):
@@ -221,7 +219,7 @@ def _best(config: "ChannelsConfig", result: "Windows", thing: str) -> report.Tab
     )
 
 
-def _channels(result: "Windows") -> report.Table:
+def _channels(result: Windows) -> report.Table:
     rows = [(c["name"], c["dimension"], c["kind"], 100 * c["share"], 100 * c["expected"]) for c in result.channels]
     left = max(0, len(rows) - 40)
     what = "all windows" if result.num_pooled == len(result.energy) else f"{result.num_pooled:,} windows, evenly spaced"
@@ -235,7 +233,7 @@ def _channels(result: "Windows") -> report.Table:
     )
 
 
-def _strand(result: "Windows") -> str:
+def _strand(result: Windows) -> str:
     assert result.strand is not None
     values = np.array([value for value in result.strand if value is not None])
     if not len(values):
@@ -261,7 +259,7 @@ def _short(text: str, width: int = 30) -> str:
 # --- attention maps -------------------------------------------------------------------------------------------------
 
 
-def _maps_summary(config: "ChannelsConfig", result: "Maps") -> list[str]:
+def _maps_summary(config: ChannelsConfig, result: Maps) -> list[str]:
     num_maps, group = len(result.labels), result.group
     windows = f", in {result.num_windows:,} windows along the diagonal of each" if result.num_windows > 1 else ""
     kept = float(np.mean([transfer.trace() for transfer in result.transfer]))
@@ -279,7 +277,7 @@ def _maps_summary(config: "ChannelsConfig", result: "Maps") -> list[str]:
     return lines
 
 
-def merged(result: "Maps") -> tuple[list[str], np.ndarray]:
+def merged(result: Maps) -> tuple[list[str], np.ndarray]:
     """The mean transfer matrix, with the channels that have least in one."""
     mean_KK = result.transfer.mean(0)
     names = [str(c["name"]) for c in result.channels]
@@ -294,7 +292,7 @@ def merged(result: "Maps") -> tuple[list[str], np.ndarray]:
     return [names[k] for k in kept] + [f"{len(names) - len(kept)} others"], small
 
 
-def maps_page(config: "ChannelsConfig", result: "Maps") -> str:
+def maps_page(config: ChannelsConfig, result: Maps) -> str:
     """The HTML for attention maps."""
     names, cells = merged(result)
     rows = [
@@ -335,7 +333,7 @@ def maps_page(config: "ChannelsConfig", result: "Maps") -> str:
     return report.page(f"Channels of {config.file.name}", _maps_summary(config, result), sections)
 
 
-def _map_by_map(result: "Maps") -> list[str | report.Figure | report.Table]:
+def _map_by_map(result: Maps) -> list[str | report.Figure | report.Table]:
     body: list[str | report.Figure | report.Table] = []
     sizes = np.array(result.indices).max(0) + 1 if len({len(index) for index in result.indices}) == 1 else np.array([])
     wide = np.flatnonzero(sizes > 1)

@@ -6,6 +6,7 @@ construction (`EquivariantLinear`, `EquivariantAttention`, `EquivariantBlock`), 
 channels show how much of each symmetry there is, and `scan` and `discover` find it in data.
 """
 
+from ._parsing import parse as parse
 from .attention import EquivariantAttention as EquivariantAttention
 from .attention import EquivariantBlock as EquivariantBlock
 from .attention import EquivariantPool as EquivariantPool
@@ -18,25 +19,9 @@ from .channels import transfer_table as transfer_table
 from .discovery import Discovery as Discovery
 from .discovery import Scan as Scan
 from .discovery import discover as discover
-from .discovery import energy_null as energy_null
-from .discovery import false_discovery_rates as false_discovery_rates
-from .discovery import invariant_energy as invariant_energy
 from .discovery import scan as scan
-from .discovery import strand_correlation as strand_correlation
 from .groups import Element as Element
 from .groups import PermutationGroup as PermutationGroup
-from .groups import alternating as alternating
-from .groups import cyclic as cyclic
-from .groups import dihedral as dihedral
-from .groups import direct_product as direct_product
-from .groups import inverted_repeat as inverted_repeat
-from .groups import klein as klein
-from .groups import parse as parse
-from .groups import quaternion as quaternion
-from .groups import reversal as reversal
-from .groups import reverse_complement as reverse_complement
-from .groups import symmetric as symmetric
-from .groups import wreath_product as wreath_product
 from .irreps import Irrep as Irrep
 from .irreps import Representation as Representation
 from .irreps import fourier as fourier
@@ -45,6 +30,20 @@ from .linear import EquivariantLinear as EquivariantLinear
 from .linear import EquivariantMLP as EquivariantMLP
 from .linear import EquivariantNorm as EquivariantNorm
 from .linear import GroupBasis as GroupBasis
+from .named import alternating as alternating
+from .named import cyclic as cyclic
+from .named import dihedral as dihedral
+from .named import direct_product as direct_product
+from .named import inverted_repeat as inverted_repeat
+from .named import klein as klein
+from .named import quaternion as quaternion
+from .named import reversal as reversal
+from .named import reverse_complement as reverse_complement
+from .named import symmetric as symmetric
+from .named import wreath_product as wreath_product
+from .nulls import energy_null as energy_null
+from .nulls import false_discovery_rates as false_discovery_rates
+from .nulls import invariant_energy as invariant_energy
 from .partial import PartialBias as PartialBias
 from .partial import PartialLinear as PartialLinear
 from .projectors import Channels as Channels
@@ -55,4 +54,5 @@ from .sequences import Record as Record
 from .sequences import encode as encode
 from .sequences import read_fasta as read_fasta
 from .sequences import read_pfm as read_pfm
+from .sequences import strand_correlation as strand_correlation
 from .windows import Windows as Windows

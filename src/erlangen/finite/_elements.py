@@ -1,10 +1,14 @@
-"""An element of a finite group, and the forms in which users may write one."""
+"""An element of a finite group, and the forms in which it is written and read."""
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+from ._enumeration import cycles_of
 
 LetterMap = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
@@ -56,6 +60,21 @@ def read_generator(generator: Any, k: int | None, alphabet: str | None, num_lett
             )
         return Element(positions, None)
     return Element(positions, _read_letter_maps(letters, len(positions), what, alphabet, num_letters))
+
+
+def write_element(element: Element, alphabet: str | None) -> str:
+    """Cycles of positions, then the letters that those of the alphabet become: ``(0 3)(1 2) "TGCA"``."""
+
+    def text(letter_map: Any) -> str | list[int]:
+        return "".join(alphabet[a] for a in letter_map) if alphabet else list(letter_map)
+
+    cycles = (cycle for cycle in cycles_of(element.positions) if len(cycle) > 1)
+    positions = "".join(f"({' '.join(map(str, cycle))})" for cycle in cycles) or "()"
+    letters = element.letters
+    if letters is None or letters == tuple(range(len(letters))):
+        return positions
+    nested = isinstance(letters[0], tuple)
+    return f"{positions} {json.dumps([text(m) for m in letters] if nested else text(letters))}"
 
 
 def _read_letter_maps(letters: Any, degree: int, what: str, alphabet: str | None, num_letters: int) -> LetterMap:
@@ -120,6 +139,10 @@ def _as_list(values: Any, what: str) -> list:
 
 def is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def say_order(order: int) -> str:
+    return str(order) if order < 10**15 else f"about 10^{math.log10(order):.0f}"
 
 
 def shorten(text: str, most: int = 200) -> str:

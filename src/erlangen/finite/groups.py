@@ -13,9 +13,8 @@ Shapes: G order, N positions (``degree``), L letters.
 """
 
 import json
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._closure import automorphisms, orbitals
 from ._elements import Element as Element
-from ._elements import is_int, read_generator, read_letters, shorten
-from ._enumeration import CHUNK, automorphisms, classes_of, close_under_products, components, cycles_of, weigh
+from ._elements import is_int, read_generator, read_letters, say_order, shorten, write_element
+from ._enumeration import CHUNK, classes_of, close_under_products, components, weigh
 
 if TYPE_CHECKING:
     from .irreps import Irrep
@@ -39,7 +39,7 @@ class PermutationGroup:
     """The finite group that some permutations of positions, with or without letters, generate.
 
     Two groups are equal if their generators are, in order, with the same letters. ``str(group)`` is read back by
-    :func:`parse`.
+    :func:`erlangen.finite.parse`.
 
     Attributes:
         degree: N, the number of positions.
@@ -48,7 +48,7 @@ class PermutationGroup:
         order: G, the number of elements.
         generators: as given, written out.
         generator_numbers: the number of each generator among the elements.
-        name: as given, else the string that :func:`parse` reads.
+        name: as given, else the string that :func:`erlangen.finite.parse` reads.
     """
 
     def __init__(
@@ -109,7 +109,8 @@ class PermutationGroup:
     def __str__(self) -> str:
         if self._text is None:
             letters = "" if not self.num_letters else f", {json.dumps(self.alphabet or self.num_letters)}"
-            self._text = f"group({self.degree}{letters}: {'; '.join(map(self._generator_text, self.generators))})"
+            generators = "; ".join(write_element(g, self.alphabet) for g in self.generators)
+            self._text = f"group({self.degree}{letters}: {generators})"
         return self._text
 
     def __repr__(self) -> str:
@@ -134,17 +135,6 @@ class PermutationGroup:
     @property
     def _identity(self) -> tuple:
         return self.generators, self.alphabet, self.num_letters
-
-    def _generator_text(self, generator: Element) -> str:
-        def text(letter_map: Any) -> str | list[int]:
-            return "".join(self.alphabet[a] for a in letter_map) if self.alphabet else list(letter_map)
-
-        cycles = "".join(f"({' '.join(map(str, cycle))})" for cycle in cycles_of(generator.positions)) or "()"
-        letters = generator.letters
-        if letters is None or letters == tuple(range(self.num_letters)):
-            return cycles
-        nested = isinstance(letters[0], tuple)
-        return f"{cycles} {json.dumps([text(m) for m in letters] if nested else text(letters))}"
 
     # --- elements --------------------------------------------------------------------------------------------------
 
@@ -325,16 +315,7 @@ class PermutationGroup:
             raise ValueError(
                 f"{self!r}: orbits of pairs are a matrix, positions by positions; at most {MAX_PAIR_DEGREE} of them"
             )
-        positions_GN = self._rows_GW[:, : self.degree]
-        labels_NN = np.empty((self.degree, self.degree), np.int32)
-        number = 0
-        for orbit in self.orbits:
-            images_G = positions_GN[:, orbit[0]]
-            lowest, row_N = np.unique(positions_GN[images_G == orbit[0]].min(0), return_inverse=True)
-            for image, h in zip(*np.unique(images_G, return_index=True)):
-                labels_NN[image, positions_GN[h]] = number + row_N
-            number += len(lowest)
-        return labels_NN
+        return orbitals(self._rows_GW[:, : self.degree], self.orbits)
 
     def orbitals(self) -> np.ndarray:
         """Labels of the orbits on ordered pairs of positions: int32 [N, N], equal where an element carries (i, j) to
@@ -363,7 +344,7 @@ class PermutationGroup:
         order, found = self._two_closure
         if order > max(self.max_order, self.order):
             raise ValueError(
-                f"{self!r}: the 2-closure has order {_count(order)}, more than max_order {self.max_order}; make the "
+                f"{self!r}: the 2-closure has order {say_order(order)}, more than max_order {self.max_order}; make the "
                 "group with a larger max_order"
             )
         own = [g.positions for g in self.generators]
@@ -385,7 +366,7 @@ class PermutationGroup:
         if not self.is_two_closed:
             warnings.warn(
                 f"{self!r} permutes positions as a group of order {self._num_position_maps}, but its 2-closure has "
-                f"order {_count(self._two_closure[0])}: pairwise attention on trivial channels respects that. "
+                f"order {say_order(self._two_closure[0])}: pairwise attention on trivial channels respects that. "
                 "Give the channels or the heads a non-trivial representation to break it down.",
                 UserWarning,
                 stacklevel=2,
@@ -557,366 +538,6 @@ class PermutationGroup:
         if number.ndim:
             raise ValueError(f"{self!r}: expected one element, by its number or written out, received {h!r}")
         return int(number)
-
-
-# --- named groups --------------------------------------------------------------------------------------------------
-
-
-def cyclic(n: int) -> PermutationGroup:
-    """Rotations of n positions in a ring, order n: the generator sends i to i + 1."""
-    _require_size("cyclic", n)
-    return _named(f"cyclic({n})", [_rotation(n)])
-
-
-def dihedral(n: int) -> PermutationGroup:
-    """Rotations and reflections of n ≥ 3 positions in a ring, order 2n: the shift by one and the reversal."""
-    if _require_size("dihedral", n) < 3:
-        raise ValueError(
-            f"dihedral(n) acts faithfully on n ≥ 3 positions, received {n}; use reversal(2) for order 2, or klein() "
-            "for the dihedral group of order 4"
-        )
-    return _named(f"dihedral({n})", [_rotation(n), _reversal(n)])
-
-
-def symmetric(n: int, *, max_order: int = MAX_ORDER) -> PermutationGroup:
-    """All permutations of n positions, order n!: the shift by one and the swap of the first two."""
-    _require_size("symmetric", n)
-    _require_order(f"symmetric({n})", math.factorial(n), max_order)
-    swap = [1, 0, *range(2, n)] if n > 1 else [0]
-    return _named(f"symmetric({n})", [_rotation(n), swap] if n > 2 else [swap], max_order=max_order)
-
-
-def alternating(n: int, *, max_order: int = MAX_ORDER) -> PermutationGroup:
-    """All even permutations of n positions, order n!/2."""
-    _require_size("alternating", n)
-    _require_order(f"alternating({n})", max(1, math.factorial(n) // 2), max_order)
-    if n < 3:
-        generators = [list(range(n))]
-    else:
-        fixed = 1 - n % 2  # the cycle of an odd number of positions is even
-        cycle = [*range(fixed), *(fixed + i for i in _rotation(n - fixed))]
-        generators = [[1, 2, 0, *range(3, n)], cycle] if n > 3 else [[1, 2, 0]]
-    return _named(f"alternating({n})", generators, max_order=max_order)
-
-
-def reversal(n: int) -> PermutationGroup:
-    """The window read backwards, order 2 (1 for n = 1); letters stay. See ``reverse_complement`` for DNA."""
-    _require_size("reversal", n)
-    return _named(f"reversal({n})", [_reversal(n)])
-
-
-def klein() -> PermutationGroup:
-    """Klein's four-group on 4 positions, regular: (0 1)(2 3) and (0 2)(1 3)."""
-    return _named("klein()", [[1, 0, 3, 2], [2, 3, 0, 1]])
-
-
-def quaternion() -> PermutationGroup:
-    """The quaternion group on 8 positions 1, i, j, k, -1, -i, -j, -k, regular: multiplication by i and by j."""
-    return _named("quaternion()", [[1, 4, 3, 6, 5, 0, 7, 2], [2, 7, 4, 1, 6, 3, 0, 5]])
-
-
-def reverse_complement(length: int, alphabet: str = "ACGT") -> PermutationGroup:
-    """The other strand: order reversed and letters complemented, order 2.
-
-    Args:
-        length: number of positions.
-        alphabet: letters of DNA or RNA, upper or lower case, with IUPAC's ambiguity codes and ``-`` if wanted.
-
-    Raises:
-        ValueError: a letter without a complement in the alphabet.
-    """
-    _require_size("reverse_complement", length, "length")
-    complement = _complement("reverse_complement", alphabet)
-    extra = "" if alphabet == "ACGT" else f", {json.dumps(alphabet)}"
-    return _named(f"reverse_complement({length}{extra})", [(_reversal(length), complement)], alphabet)
-
-
-def inverted_repeat(arm: int, spacer: int, alphabet: str = "ACGT") -> PermutationGroup:
-    """Two arms that are each other's reverse complement around a spacer that stays as it is, order 2.
-
-    Args:
-        arm: number of positions of one arm.
-        spacer: number of positions between the arms: neither moved nor complemented.
-        alphabet: as in :func:`reverse_complement`.
-
-    Raises:
-        ValueError: no arm, a negative spacer, or a letter without a complement in the alphabet.
-    """
-    _require_size("inverted_repeat", arm, "arm")
-    _require_size("inverted_repeat", spacer, "spacer", least=0)
-    complement = _complement("inverted_repeat", alphabet)
-    n = 2 * arm + spacer
-    in_spacer = [arm <= i < arm + spacer for i in range(n)]
-    positions = [i if in_spacer[i] else n - 1 - i for i in range(n)]
-    letters = [alphabet if in_spacer[i] else complement for i in range(n)]
-    extra = "" if alphabet == "ACGT" else f", {json.dumps(alphabet)}"
-    return _named(f"inverted_repeat({arm}, {spacer}{extra})", [(positions, letters)], alphabet)
-
-
-def direct_product(a: PermutationGroup, b: PermutationGroup, *, max_order: int = MAX_ORDER) -> PermutationGroup:
-    """Both groups on a grid: position (i, j), numbered i b.degree + j, goes to (a's image of i, b's image of j).
-
-    Letters are changed by the one, or by both if they have the same letters and change them in ways that commute.
-
-    Raises:
-        ValueError: different letters, changes of letters that do not commute or not independent, or too large.
-    """
-    _require_groups("direct_product", a, b)
-    text = f"direct_product({a}, {b})"
-    if a.num_letters and b.num_letters and (a.alphabet, a.num_letters) != (b.alphabet, b.num_letters):
-        raise ValueError(
-            f"direct_product: both groups change the same letters, received {a.alphabet or a.num_letters!r} and "
-            f"{b.alphabet or b.num_letters!r}"
-        )
-    _require_order(text, a.order * b.order, max_order)
-    source = a if a.num_letters else b
-    generators = []
-    for group, first in ((a, True), (b, False)):
-        for g in group.generators:
-            positions, maps = np.array(g.positions), group.letter_map(group.number(g))
-            i, j = np.divmod(np.arange(a.degree * b.degree), b.degree)
-            moved = positions[i] * b.degree + j if first else i * b.degree + positions[j]
-            letters = None if maps is None else maps[i if first else j].tolist()
-            generators.append((moved.tolist(), letters))
-    product = _named(text, generators, source.alphabet or source.num_letters, max_order=max_order)
-    numbers_a = np.array(product.generator_numbers[: len(a.generators)])
-    numbers_b = np.array(product.generator_numbers[len(a.generators) :])
-    commute = product.multiply(numbers_a[:, None], numbers_b) == product.multiply(numbers_b, numbers_a[:, None])
-    if product.order != a.order * b.order or not commute.all():
-        raise ValueError(
-            f"direct_product: the two groups change letters in ways that do not commute or are not independent: "
-            f"together they make order {product.order}, not {a.order} x {b.order}"
-        )
-    return product
-
-
-def wreath_product(a: PermutationGroup, b: PermutationGroup, *, max_order: int = MAX_ORDER) -> PermutationGroup:
-    """b permutes blocks, and a acts in each block on its own: order a.order^b.degree b.order.
-
-    Position i of block j is number j a.degree + i. Letters, if any, are a's.
-
-    Raises:
-        ValueError: b has letters, or the product is too large.
-    """
-    _require_groups("wreath_product", a, b)
-    text = f"wreath_product({a}, {b})"
-    if b.num_letters:
-        raise ValueError(f"wreath_product: b permutes blocks and has no letters of its own, received {b!r}")
-    _require_order(text, a.order**b.degree * b.order, max_order)
-    n = a.degree * b.degree
-    stay = np.arange(a.num_letters)
-    generators = []
-    for orbit in b.orbits:  # a acts in one block of each orbit, b carries it to the others
-        block = slice(int(orbit[0]) * a.degree, (int(orbit[0]) + 1) * a.degree)
-        for g in a.generators:
-            positions = np.arange(n)
-            positions[block] = block.start + np.array(g.positions)
-            letters = None
-            if a.num_letters:
-                letters = np.tile(stay, (n, 1))
-                letters[block] = a._maps_NL(a.number(g))
-                letters = letters.tolist()
-            generators.append((positions.tolist(), letters))
-    j, i = np.divmod(np.arange(n), a.degree)
-    generators += [((np.array(g.positions)[j] * a.degree + i).tolist(), None) for g in b.generators]
-    return _named(text, generators, a.alphabet or a.num_letters, max_order=max_order)
-
-
-_NAMED: dict[str, Callable[..., PermutationGroup]] = {
-    function.__name__: function
-    for function in (
-        cyclic,
-        dihedral,
-        symmetric,
-        alternating,
-        reversal,
-        klein,
-        quaternion,
-        reverse_complement,
-        inverted_repeat,
-        direct_product,
-        wreath_product,
-    )
-}
-
-
-def parse(text: str) -> PermutationGroup:
-    """The group of a string, as ``str`` writes it: a named group, ``"wreath_product(cyclic(2), symmetric(3))"``, or
-    generators as cycles, with their letters: ``'group(4, "ACGT": (0 3)(1 2) "TGCA"; (0 2)(1 3))'``.
-
-    Raises:
-        ValueError: the string is not of this form, or the group refuses its arguments.
-    """
-    if not isinstance(text, str):
-        raise ValueError(f"parse: text is a string, received {text!r}")
-    reader = _Reader(text)
-    group = reader.group()
-    reader.end()
-    return group
-
-
-class _Reader:
-    """Reads a group from left to right."""
-
-    def __init__(self, text: str):
-        self.text = text
-        self.place = 0
-
-    def fail(self, expected: str) -> ValueError:
-        return ValueError(
-            f"parse({self.text!r}): expected {expected} at character {self.place}, received "
-            f"{self.text[self.place : self.place + 20]!r}; named groups are {', '.join(_NAMED)}, others are written "
-            "'group(3: (0 1 2); (0 1))'"
-        )
-
-    def peek(self) -> str:
-        while self.text[self.place : self.place + 1].isspace():
-            self.place += 1
-        return self.text[self.place : self.place + 1]
-
-    def take(self, symbol: str) -> bool:
-        if found := self.peek() == symbol:
-            self.place += 1
-        return found
-
-    def require(self, symbol: str) -> None:
-        if not self.take(symbol):
-            raise self.fail(repr(symbol))
-
-    def word(self, accept: Callable[[str], bool]) -> str:
-        self.peek()
-        start = self.place
-        while self.place < len(self.text) and accept(self.text[self.place]):
-            self.place += 1
-        return self.text[start : self.place]
-
-    def integer(self) -> int:
-        digits = self.word(lambda c: c in "0123456789")
-        if not digits:
-            raise self.fail("a number")
-        return int(digits)
-
-    def value(self) -> Any:
-        """A JSON string or list."""
-        self.peek()
-        try:
-            value, self.place = json.JSONDecoder().raw_decode(self.text, self.place)
-        except json.JSONDecodeError:
-            raise self.fail("a string or a list of letters") from None
-        return value
-
-    def end(self) -> None:
-        if self.peek():
-            raise self.fail("the end")
-
-    def group(self) -> PermutationGroup:
-        start = self.place
-        name = self.word(lambda c: c.isalpha() or c == "_")
-        if name != "group" and name not in _NAMED:
-            self.place = start
-            raise self.fail("the name of a group")
-        self.require("(")
-        if name == "group":
-            return self.generated()
-        arguments = []
-        while not self.take(")"):
-            if arguments and not self.take(","):
-                raise self.fail("',' or ')'")
-            character = self.peek()
-            arguments.append(
-                self.integer() if character.isdigit() else self.value() if character == '"' else self.group()
-            )
-        try:
-            return _NAMED[name](*arguments)
-        except TypeError:
-            raise ValueError(f"parse({self.text!r}): {name} does not take the arguments {arguments}") from None
-
-    def generated(self) -> PermutationGroup:
-        degree = self.integer()
-        letters = None
-        if self.take(","):
-            letters = self.value() if self.peek() == '"' else self.integer()
-        self.require(":")
-        generators = [self.generator(degree)]
-        while self.take(";"):
-            generators.append(self.generator(degree))
-        self.require(")")
-        return PermutationGroup(generators, letters)
-
-    def generator(self, degree: int) -> tuple[list[int], Any]:
-        positions = list(range(degree))
-        self.require("(")
-        seen: set[int] = set()
-        while True:
-            cycle = []
-            while not self.take(")"):
-                cycle.append(self.integer())
-            if len(set(cycle)) < len(cycle) or seen & set(cycle) or any(i >= degree for i in cycle):
-                raise self.fail(f"disjoint cycles of positions 0 to {degree - 1}, before the cycle that ended")
-            seen |= set(cycle)
-            for here, there in zip(cycle, [*cycle[1:], *cycle[:1]]):
-                positions[here] = there
-            if not self.take("("):
-                return positions, self.value() if self.peek() in ('"', "[") and self.peek() else None
-
-
-def _require_size(name: str, n: Any, parameter: str = "n", least: int = 1) -> int:
-    if not is_int(n) or n < least:
-        raise ValueError(f"{name}: {parameter} is an integer, at least {least}, received {n!r}")
-    return int(n)
-
-
-def _count(order: int) -> str:
-    return str(order) if order < 10**15 else f"about 10^{math.log10(order):.0f}"
-
-
-def _require_order(text: str, order: int, max_order: int) -> None:
-    if order > max_order:
-        raise ValueError(f"{shorten(text)}: the order is {_count(order)}, more than max_order {max_order}")
-
-
-def _require_groups(name: str, *groups: Any) -> None:
-    for group in groups:
-        if not isinstance(group, PermutationGroup):
-            raise ValueError(f"{name}: takes two groups, received {group!r}")
-
-
-_COMPLEMENTS: dict[str, str] = dict(zip("ACGTRYKMBVDHSWN-", "TGCAYRMKVBHDSWN-"))
-
-
-def _complement(name: str, alphabet: Any) -> str:
-    """The complements of the letters, in order."""
-    if not isinstance(alphabet, str):
-        raise ValueError(f"{name}: alphabet is a string such as 'ACGT', received {alphabet!r}")
-    images = []
-    for letter in alphabet:
-        image = "A" if letter in "Uu" else _COMPLEMENTS.get(letter.upper(), "")
-        if image == "T" and "U" in alphabet.upper():
-            image = "U"
-        image = image.lower() if letter.islower() else image
-        if not image or image not in alphabet:
-            raise ValueError(
-                f"{name}: {letter!r} has no complement in the alphabet {alphabet!r}; for pairs of your own say "
-                "PermutationGroup([(positions, {'A': 'T', 'T': 'A'})], letters=alphabet)"
-            )
-        if image in images:
-            raise ValueError(f"{name}: two letters of the alphabet {alphabet!r} have the complement {image!r}")
-        images.append(image)
-    return "".join(images)
-
-
-def _rotation(n: int) -> list[int]:
-    return [(i + 1) % n for i in range(n)]
-
-
-def _reversal(n: int) -> list[int]:
-    return list(range(n - 1, -1, -1))
-
-
-def _named(text: str, generators: Sequence, letters: str | int | None = None, **options: Any) -> PermutationGroup:
-    group = PermutationGroup(generators, letters, **options)
-    group._text = text
-    return group
 
 
 def _rebuild(

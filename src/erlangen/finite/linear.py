@@ -257,11 +257,11 @@ class EquivariantLinear(nn.Module):
         self.target = _representation(group, out_dim, "out_dim")
         self.in_dim, self.out_dim = self.source.dim, self.target.dim
         self._runs = _runs(self.source, self.target)
-        self._places = [
+        self._places = (
             [run.start_in for run in self._runs],
             [run.start_out for run in self._runs],
             [run.repeats for run in self._runs],
-        ]
+        )
         self.weights = nn.ParameterList(
             torch.empty(len(run.irreps), run.endo, run.copies_out, run.copies_in) for run in self._runs
         )

@@ -1,4 +1,4 @@
-"""Sequences and motifs from files: FASTA and position frequency matrices.
+"""Sequences and motifs from files: FASTA and position frequency matrices; and how well a motif fits its other strand.
 
 Shape suffixes: N positions, L letters.
 """
@@ -7,11 +7,12 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 UNKNOWN = -1
 """The token of a letter that is allowed but not known, such as the N of DNA."""
@@ -129,6 +130,50 @@ def read_pfm(path: str | os.PathLike[str]) -> tuple[Motif, ...]:
         raise ValueError(f"{path} holds no motif: it has a header '>name' and rows of four counts below it")
     finish()
     return tuple(motifs)
+
+
+def strand_correlation(counts: ArrayLike, *, complement: Sequence[int] = (3, 2, 1, 0)) -> float:
+    """How well a motif agrees with itself on the other strand, at the shift where it does best.
+
+    Pearson's correlation of the letter frequencies of the motif with those of its reverse complement, over the
+    positions where the two overlap; the largest over all shifts with an overlap of at least 70 % of the motif, and of
+    6 positions. Of the definitions we tried it is the one under which JASPAR 2022 has 562 of its 1984 motifs of 6 or
+    more positions at .8 or above, and 250 at .95, as our notes on the data say.
+
+    Args:
+        counts: [N, A] with N at least 6, of each position how often each letter was seen there.
+        complement: the letter that pairs with each letter; of A C G T unless given.
+
+    Returns:
+        from -1 to 1; 1 for a reverse-complement palindrome.
+
+    Raises:
+        ValueError: another shape, numbers that are no counts, or a complement that is not its own inverse.
+    """
+    motif_NA = np.asarray(counts, dtype=np.float64)
+    pairs = np.asarray(complement)
+    num_letters = len(pairs)
+    if motif_NA.ndim != 2 or motif_NA.shape[1] != num_letters or len(motif_NA) < 6:
+        raise ValueError(
+            f"strand_correlation: counts must be [N, {num_letters}] with at least 6 positions, received "
+            f"{list(motif_NA.shape)}"
+        )
+    if not np.isfinite(motif_NA).all() or (motif_NA < 0).any() or not motif_NA.sum(1).all():
+        raise ValueError("strand_correlation: counts must be finite, not negative, and not all zero at a position")
+    if sorted(pairs.tolist()) != list(range(num_letters)) or (pairs[pairs] != np.arange(num_letters)).any():
+        raise ValueError(f"strand_correlation: complement must be a pairing of letters, received {list(complement)}")
+    length = len(motif_NA)
+    forward_NA = motif_NA / motif_NA.sum(1, keepdims=True)
+    reverse_NA = forward_NA[::-1, pairs]
+    overlap = max(6, -(-7 * length // 10))
+    best = -1.0
+    for shift in range(overlap - length, length - overlap + 1):
+        a = forward_NA[max(0, shift) : length + min(0, shift)]
+        b = reverse_NA[max(0, -shift) : length - max(0, shift)]
+        a, b = a - a.mean(), b - b.mean()
+        norm = math.sqrt(np.square(a).sum() * np.square(b).sum())
+        best = max(best, float((a * b).sum()) / norm if norm else 0.0)
+    return best
 
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
