@@ -13,6 +13,7 @@ ROOT = Path(erlangen.__file__).parent
 ALLOWED = {
     "finite": set(),
     "gauge": set(),
+    "interop": {"gauge"},
     "lie": set(),
     "optim": set(),
     "breaking": {"gauge"},
@@ -21,7 +22,7 @@ ALLOWED = {
     "lm": {"gauge", "breaking", "optim"},
     "studies": {"finite", "gauge", "lie", "breaking", "optim", "lm", "report"},
     "bench": {"lie", "report"},
-    "cli": {"finite", "gauge", "lie", "breaking", "optim", "lm", "report", "studies", "bench"},
+    "cli": {"finite", "gauge", "interop", "lie", "breaking", "optim", "lm", "report", "studies", "bench"},
 }
 SHARED = {"_extras", "__version__"}
 

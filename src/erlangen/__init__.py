@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from . import breaking as breaking
     from . import finite as finite
     from . import gauge as gauge
+    from . import interop as interop
     from . import lie as lie
     from . import lm as lm
     from . import optim as optim
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["breaking", "finite", "gauge", "lie", "lm", "optim", "report", "studies", "testing"]
+__all__ = ["breaking", "finite", "gauge", "interop", "lie", "lm", "optim", "report", "studies", "testing"]
 
 
 def __getattr__(name: str) -> Any:

@@ -73,9 +73,19 @@ def test_train_and_resume(tmp_path):
         (("--model.dim", "30"), "num_heads must divide dim"),
     ],
 )
-def test_bad_input_is_one_message_without_a_traceback(arguments, message, tmp_path):
-    result = run("train", *arguments, cwd=tmp_path)
-    assert result.returncode == 2
-    assert message in result.stderr + result.stdout
-    assert "Traceback" not in result.stderr
+def test_bad_input_is_one_message_without_a_traceback(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["train", *arguments])
+    except SystemExit as stopped:  # of the parser
+        status = stopped.code
+    assert status == 2
+    captured = capsys.readouterr()
+    assert message in captured.err + captured.out
+    assert "Traceback" not in captured.err
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    result = run("train", "--resume", "nowhere", cwd=tmp_path)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1) and "nowhere does not exist" in result.stderr

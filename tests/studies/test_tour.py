@@ -64,6 +64,19 @@ def test_the_report_holds_the_part_on_motifs(taken):
     assert len((taken / "tour.finite_seeds.csv").read_text().splitlines()) > len(cells)
 
 
+def test_the_report_holds_the_part_on_gauge(taken):
+    scrambled, canonical, *others = json.loads((taken / "tour.json").read_text())["gauge"]
+    assert scrambled["same_function"] and canonical["same_function"] and len(others) == 2
+    assert scrambled["naive"] > 0.5 and scrambled["distance"] < 1e-10 and scrambled["output_difference"] < 1e-9
+    assert scrambled["moved_difference"] > 1 and scrambled["canonical_difference"] < 1e-9
+    assert not any(other["same_function"] for other in others) and all(other["distance"] > 1e-3 for other in others)
+    for layer in scrambled["head_similarity"]:  # each head is found once, with its own copy
+        found = [[value > 1 - 1e-9 for value in row] for row in layer]
+        assert [sum(row) for row in found] == [1] * 4 == [sum(column) for column in zip(*found)]
+    page = (taken / "tour.html").read_text()
+    assert "Part four" in page and "the same function" in page
+
+
 def test_the_report_holds_the_part_on_poses(taken):
     cells = json.loads((taken / "tour.json").read_text())["lie"]
     assert {(c["task"], c["group"], c["arm"], c["seed"]) for c in cells} == {

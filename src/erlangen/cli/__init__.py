@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 _USAGE = """\
 usage: erlangen COMMAND [options]
 
-  tour      train small models, with symmetries broken and lived on, and write a report (about five minutes)
-  train     train a language model
-  bench     measure time and memory of attention between poses
-  channels  what of sequences, motifs or attention maps lies in each channel of a finite group
+  tour          train small models, with symmetries broken and lived on, and write a report (about five minutes)
+  train         train a language model
+  bench         measure time and memory of attention between poses
+  channels      what of sequences, motifs or attention maps lies in each channel of a finite group
+  audit         how many dimensions of a checkpoint are redundant, and what its heads are like
+  canonicalize  write a checkpoint in canonical form, with a certificate that nothing changed
+  compare       whether two checkpoints are the same function, and how far apart they are
 
   erlangen COMMAND --help    options and an example
   erlangen --version
@@ -45,11 +48,32 @@ def _channels(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def _audit(arguments: Sequence[str]) -> int:
+    from .audit import main
+
+    return main(arguments)
+
+
+def _canonicalize(arguments: Sequence[str]) -> int:
+    from .canonicalize import main
+
+    return main(arguments)
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from .compare import main
+
+    return main(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "tour": _tour,
     "train": _train,
     "bench": _bench,
     "channels": _channels,
+    "audit": _audit,
+    "canonicalize": _canonicalize,
+    "compare": _compare,
 }
 
 

@@ -6,7 +6,16 @@ foreign one; `charges` measures how far a training run has left the zero-charge 
 """
 
 from ._charges import charges as charges
+from ._spectra import HeadSpectra as HeadSpectra
+from ._spectra import head_spectra as head_spectra
+from .canonical import canonicalize as canonicalize
+from .certificate import Certificate as Certificate
+from .compare import Comparison as Comparison
+from .compare import compare as compare
+from .flat import FlatDirections as FlatDirections
+from .flat import flat_directions as flat_directions
 from .layout import MLP as MLP
+from .layout import Experts as Experts
 from .layout import HeadLayout as HeadLayout
 from .layout import LatentAttention as LatentAttention
 from .layout import Layer as Layer
@@ -19,3 +28,4 @@ from .layout import head_layouts as head_layouts
 from .layout import model_layout as model_layout
 from .layout import rows as rows
 from .layout import unwrap as unwrap
+from .moves import random_move as random_move

@@ -16,6 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+# Activations through which a positive scale goes unchanged.
+_HOMOGENEOUS = ("relu", "leaky_relu", "prelu")
+
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
@@ -255,13 +258,42 @@ class MLP:
 
     Attributes:
         up, gate, down: one slice each: of outputs for up and gate, of inputs for down.
-        activation: its name. Only "relu" matters to symmetries (a positive scale goes through it).
+        activation: its name.
+        slope: name of the learned slopes of a "prelu", one a hidden feature (they go with the features).
     """
 
     up: Projection
     down: Projection
     activation: str
     gate: Projection | None = None
+    slope: str | None = None
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether a positive scale goes through the activation unchanged."""
+        return self.activation in _HOMOGENEOUS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The sizes of a mixture of experts: gated feed-forward layers, chosen and weighted by a softmax of linear scores.
+
+    Attributes:
+        num_experts: from which the router chooses.
+        width: hidden features of one.
+        shared_width: hidden features of those that always take part, all together.
+        activation: its name.
+    """
+
+    num_experts: int
+    width: int
+    shared_width: int
+    activation: str
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether a positive scale goes through the activation unchanged."""
+        return self.activation in _HOMOGENEOUS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +302,8 @@ class Layer:
 
     Attributes:
         attention: its heads.
-        mlp: its feed-forward layer; None for a mixture of experts (left as it is).
+        mlp: its feed-forward layer; None for a mixture of experts, whose tensors are left as they are.
+        experts: what is counted of that mixture.
         attention_norm, mlp_norm: norms of what attention and feed-forward layer read. One norm of both, in a layer
             whose branches are parallel, is named twice.
         attention_out_norm, mlp_out_norm: norms of what a branch writes, before it is added (Gemma-2, Gemma-3).
@@ -280,6 +313,7 @@ class Layer:
 
     attention: HeadLayout
     mlp: MLP | None
+    experts: Experts | None = None
     attention_norm: Norm | None = None
     mlp_norm: Norm | None = None
     attention_out_norm: Norm | None = None
@@ -306,6 +340,7 @@ class ModelLayout:
             they are taken with the token embedding.
         tied: the logits are taken with the token embedding.
         soft_cap: of the logits; None: no cap.
+        other_parameters: how many parameters the model has beside those named here (experts and their routers).
     """
 
     kind: str
@@ -319,12 +354,66 @@ class ModelLayout:
     unembedding: Projection | None = None
     tied: bool = False
     soft_cap: float | None = None
+    other_parameters: int = 0
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and stored shape of every tensor that this layout speaks of."""
+        shapes: dict[str, tuple[int, ...]] = {self.token_embedding: (self.vocab_size, self.dim)}
+        shapes.update({name: (rows, self.dim) for name, rows in self.other_embeddings.items()})
+
+        def put_norm(norm: Norm | None, width: int) -> None:
+            if norm is not None:
+                shapes.update({name: (width,) for name in (norm.weight, norm.bias_name) if name is not None})
+
+        def put(projection: Projection | None, other: int) -> None:
+            """The map of a projection, as far as its slices reach; ``other``: the size of its other side."""
+            if projection is not None:
+                size = max(projection.starts) + projection.width
+                stored = shapes.get(projection.weight, (0, 0))
+                size = max(size, stored[projection._axis])
+                shapes[projection.weight] = (other, size) if projection._axis else (size, other)
+                if projection.bias_name is not None:
+                    shapes[projection.bias_name] = (size if projection.side == "out" else other,)
+
+        put_norm(self.embedding_norm, self.dim)
+        for layer in self.layers:
+            heads, latent = layer.attention, layer.attention.latent
+            query_in = kv_in = self.dim
+            if latent is not None:
+                kv_in = latent.kv_latent.width
+                query_in = self.dim if latent.query_latent is None else latent.query_latent.width
+                for projection in (latent.query_latent, latent.kv_latent, latent.rotary_key):
+                    put(projection, self.dim)
+                put(latent.rotary_query, query_in)
+                put_norm(latent.query_norm, query_in)
+                put_norm(latent.kv_norm, kv_in)
+            put(heads.query, query_in)
+            put(heads.key, kv_in)
+            put(heads.value, kv_in)
+            put(heads.output, self.dim)
+            if isinstance(heads.qk_norm, tuple):
+                for norm, number in zip(heads.qk_norm, (heads.num_heads, heads.num_kv_heads)):
+                    put_norm(norm, heads.head_dim * (number if heads.qk_norm_over == "all" else 1))
+            if layer.mlp is not None:
+                for projection in (layer.mlp.gate, layer.mlp.up, layer.mlp.down):
+                    put(projection, self.dim)
+                if layer.mlp.slope is not None:
+                    shapes[layer.mlp.slope] = (layer.mlp.up.width,)
+            put_norm(layer.attention_norm, self.dim)
+            put_norm(layer.mlp_norm, self.dim)
+            put_norm(layer.attention_out_norm, self.dim)
+            put_norm(layer.mlp_out_norm, self.dim)
+            put_norm(layer.attention_sum_norm, self.dim)
+            put_norm(layer.mlp_sum_norm, self.dim)
+        put_norm(self.final_norm, self.dim)
+        put(self.unembedding, self.dim)
+        return shapes
 
 
 # --- the registry of models -------------------------------------------------------------------------------------------
 
 _DESCRIPTIONS: dict[type, Callable[[Any], ModelLayout]] = {}
-# Top packages of foreign classes -> the module that describes them, loaded on first need.
+# Top packages of foreign classes -> the module that describes them, loaded on first need; its ``register`` adds them.
 _ADAPTERS = {"transformers": "erlangen.interop.layouts"}
 
 
@@ -369,7 +458,7 @@ def model_layout(model: Any) -> ModelLayout:
                 return _DESCRIPTIONS[cls](inner)
         if attempt == 0:
             for package in {cls.__module__.partition(".")[0] for cls in type(inner).__mro__} & _ADAPTERS.keys():
-                import_module(_ADAPTERS[package])
+                import_module(_ADAPTERS[package]).register()
     name = type(inner).__name__
     raise TypeError(f"no layout is known for {name}: describe it with erlangen.gauge.describes({name})")
 

@@ -244,6 +244,7 @@ def layout(model: GPT) -> ModelLayout:
             gate=rows(f"{path}.mlp.gate", 1, hidden, bias=config.bias) if config.mlp == "swiglu" else None,
             down=rows(f"{path}.mlp.down", 1, hidden, side="in", bias=config.bias),
             activation={"swiglu": "silu"}.get(config.mlp, config.mlp),
+            slope=f"{path}.mlp.slope" if config.mlp == "prelu" else None,
         )
         return Layer(
             attention=attention,

@@ -1,4 +1,4 @@
-"""The tour: one page on what is done with symmetries here, in three parts that take minutes.
+"""The tour: one page on what is done with symmetries here, in four parts that take minutes.
 
 Part one, small transformers on real text, with and without symmetry breaking, under four optimisers. Protocol, fixed
 before any run:
@@ -15,7 +15,7 @@ before any run:
   its 95 % Student interval; a difference is called only where the interval leaves out zero.
 
 Part two, attention between poses: `erlangen.studies.tour_lie`. Part three, motifs that were never seen and the other
-strand: `erlangen.studies.tour_finite`.
+strand: `erlangen.studies.tour_finite`. Part four, a model of part one in other numbers: `erlangen.studies.tour_gauge`.
 """
 
 import functools
@@ -41,7 +41,7 @@ from erlangen.lm.logs import read_jsonl
 from erlangen.lm.settings import OptimizerName, to_dict
 from erlangen.optim import OPTIMIZERS
 
-from . import finite_motifs, lie_completion, tour_finite, tour_lie
+from . import finite_motifs, lie_completion, tour_finite, tour_gauge, tour_lie
 from ._jobs import Job, Progress, Tick, at_least_one
 from ._jobs import execute as execute_jobs
 from ._reading import Part, by_seed, verdict, with_error
@@ -387,6 +387,7 @@ def write_report(
     results: Sequence[Mapping[str, Any]],
     poses: Sequence[Mapping[str, Any]],
     motifs: Sequence[Mapping[str, Any]],
+    moved: Sequence[Mapping[str, Any]],
     seconds: float,
 ) -> Path:
     """The HTML report, with JSON and CSV beside it.
@@ -396,6 +397,7 @@ def write_report(
         results: of the runs of part one.
         poses: records of part two, from `lie_completion.measure`.
         motifs: records of part three, from `tour_finite.measure`.
+        moved: records of part four, from `tour_gauge.measure`.
         seconds: what this call took.
     """
     machine = (
@@ -405,6 +407,7 @@ def write_report(
         breaking_part(config, results),
         tour_lie.part(_poses_config(config), poses),
         tour_finite.part(_motifs_config(config), motifs),
+        tour_gauge.part(moved),
     ]
     reading = report.Section("How to read this", [
         "These models are small and their training short: the tour shows the instruments, not a verdict on models "
@@ -431,6 +434,7 @@ def write_report(
             "runs": results,
             "lie": poses,
             "finite": motifs,
+            "gauge": moved,
         },
         {key: table for part in parts for key, table in part.tables.items()},
     )
@@ -444,6 +448,14 @@ def _motifs_config(config: TourConfig) -> finite_motifs.MotifConfig:
     return tour_finite.declared_config(
         out=config.out / "finite", seeds=config.seeds, steps=max(1, 3 * config.steps // 10)
     )
+
+
+def _models(config: TourConfig) -> tuple[dict[str, Path], torch.Tensor]:
+    """Folders of the runs that part four compares, and the text."""
+    runs = {"AdamW, seed 0": "adamw-symmetric-0", "SGD with momentum, seed 0": "sgdm-symmetric-0"}
+    if config.seeds > 1:
+        runs["AdamW, seed 1"] = "adamw-symmetric-1"
+    return {name: config.out / "runs" / run for name, run in runs.items()}, tour_gauge.text_of(_corpus("stdlib"))
 
 
 def tour(config: TourConfig, *, progress: Progress | None = None) -> Path:
@@ -464,5 +476,5 @@ def tour(config: TourConfig, *, progress: Progress | None = None) -> Path:
         *tour_finite.declared_jobs(motifs, finite_motifs.kept_cells(motifs)),
     ]
     execute_jobs([*declared, *jobs([run.config for run in runs])], workers=config.workers, progress=progress)
-    measured = lie_completion.measure(poses), tour_finite.measure(motifs)
+    measured = lie_completion.measure(poses), tour_finite.measure(motifs), tour_gauge.measure(*_models(config))
     return write_report(config, [_read(run) for run in runs], *measured, time.monotonic() - started)

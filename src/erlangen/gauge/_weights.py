@@ -1,0 +1,115 @@
+"""Tensors by name: what a treatment of weights reads and writes, in memory or on disk."""
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .layout import unwrap
+
+
+class Weights(Protocol):
+    """A thing from which tensors are read by name, and to which they are written."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A tensor as it is stored. Not to be modified in place."""
+        ...
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        """Replace a tensor by one of the same shape, which is cast to the stored dtype."""
+        ...
+
+    def shape(self, name: str) -> torch.Size: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+
+class ModuleWeights:
+    """The parameters of a module (wrappers of compile and DDP are seen through), written in place.
+
+    Args:
+        module: what holds them. A parameter with several names (tied embeddings) is found under each.
+
+    Raises:
+        ValueError: parameters that are not here as a whole: sharded, or on the meta device.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = unwrap(module)
+        self._parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        for name, parameter in self._parameters.items():
+            if parameter.is_meta or hasattr(parameter, "full_tensor"):
+                state = "on the meta device" if parameter.is_meta else "sharded"
+                raise ValueError(
+                    f"weights must be in memory as a whole, and {name} is {state}: load or gather it first"
+                )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parameters[name].detach()
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        with torch.no_grad():
+            self._parameters[name].copy_(tensor)
+
+    def shape(self, name: str) -> torch.Size:
+        return self._parameters[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._parameters[name].dtype
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two names are of one parameter."""
+        return self._parameters[name] is self._parameters[other]
+
+
+class PendingWeights:
+    """Weights whose changes are kept aside until `commit`: before that, what lies underneath is as it was.
+
+    Args:
+        weights: what lies underneath.
+        added: name of a tensor that is not there yet -> name of one of which it is a copy.
+    """
+
+    def __init__(self, weights: Weights, added: Mapping[str, str] | None = None) -> None:
+        self._weights = weights
+        self._added = dict(added or {})
+        self._pending: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._added or name in self._weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._pending:
+            return self._pending[name]
+        return self._weights[self._added.get(name, name)]
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        stored = self[name]
+        self._pending[name] = tensor.to(device=stored.device, dtype=stored.dtype, copy=True)
+
+    def shape(self, name: str) -> torch.Size:
+        return self._weights.shape(self._added.get(name, name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._weights.dtype(self._added.get(name, name))
+
+    def onto(self, weights: Weights) -> "PendingWeights":
+        """The same changes, to be written to other weights."""
+        moved = PendingWeights(weights)
+        moved._pending = self._pending
+        return moved
+
+    def commit(self) -> None:
+        """Write the changes."""
+        for name, tensor in self._pending.items():
+            self._weights[name] = tensor
+        self._pending.clear()
