@@ -277,7 +277,7 @@ def test_errors():
         breaking.break_symmetry(make(), query_std=-1.0)
     with pytest.raises(ValueError, match="redraw"):
         breaking.break_symmetry(make(), redraw="epoch")
-    with pytest.raises(TypeError, match="head layout"):
+    with pytest.raises(TypeError, match="no layout"):
         breaking.break_symmetry(nn.Linear(2, 2))
     replaced = make()
     replaced.blocks[1].attention.value = nn.Bilinear(32, 32, 32)

@@ -91,17 +91,29 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("group", FAST + OTHERS, ids=str)
+def some(groups, cases):
+    """Groups with cases: every case of the first group, and of each other the next two."""
+    first, *others = groups
+    pairs = [(first, case) for case in cases]
+    pairs += [(group, cases[(2 * n + m) % len(cases)]) for n, group in enumerate(others) for m in range(2)]
+    return [pytest.param(*pair, id="-".join(map(str, pair))) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("group", "case"), [*((group, case) for group in FAST for case in CASES), *some(OTHERS[::-1], list(CASES))]
+)
 def test_values_and_gradients_are_those_of_the_reference(group, case, generator):
     assert_same(group, problem(group, generator, **CASES[case]))
 
 
-@pytest.mark.parametrize("group", [SE2, SE3, Aff2], ids=str)
-@pytest.mark.parametrize("keys", [None, 6, 13])
-@pytest.mark.parametrize("kind", ["keys", "pairs", "heads", "rows"])
-@pytest.mark.parametrize("causal", [False, True])
-def test_masks(group, keys, kind, causal, generator):
+MASKS = [
+    (keys, kind, causal) for keys in (None, 6, 13) for kind in ("keys", "pairs", "heads", "rows") for causal in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("group", "how"), some([SE2, SE3, Aff2, Sim3, SO3], MASKS[::-1]))
+def test_masks(group, how, generator):
+    keys, kind, causal = how
     tensors = problem(group, generator, num_keys=keys, content=kind == "rows")
     num_keys = keys or 10
     shape = {"keys": (2, 1, 1), "pairs": (1, 1, 10), "heads": (2, H, 1), "rows": (2, H, 10)}[kind]
@@ -216,8 +228,12 @@ def test_outside_of_the_chart(generator):
     assert torch.equal(blind.isnan(), expected.isnan()) and blind.isnan().any()
 
 
-@pytest.mark.parametrize("case", ["self", "cross", "displaced", "content", "queries a head"])
-@pytest.mark.parametrize("group", [SO2, SE2, SO3, SE3, Sim2, Aff2, Aff3], ids=str)
+KINDS = ["self", "cross", "displaced", "content", "queries a head"]
+
+
+@pytest.mark.parametrize(
+    ("group", "case"), [*((SE3, kind) for kind in KINDS), *some([SE2, SO2, SO3, Sim2, Aff2, Aff3], KINDS)]
+)
 def test_tangent_vectors_with_their_gradients(group, case, generator):
     tensors = problem(group, generator, **CASES[case])
     if group in FAST:  # the tangent vector jumps at half a turn
