@@ -8,6 +8,7 @@ import tiny_transformers as tiny
 import torch
 
 from erlangen import gauge
+from erlangen.gauge import _canonical_heads
 from erlangen.gauge._fold import plan
 from erlangen.gauge._weights import ModuleWeights
 from erlangen.gauge.canonical import canonical_form
@@ -138,7 +139,7 @@ def test_untied_on_request():
     gram = table.detach().mT @ table.detach()
     # The columns are orthogonal, but for the basis of vectors without a mean in which they are written.
     values = torch.linalg.eigvalsh(gram).flip(0)[:-1]
-    from erlangen.gauge.canonical import mean_free_basis
+    from erlangen.gauge._canonical_residual import mean_free_basis
 
     basis = mean_free_basis(16, table.device)
     assert torch.allclose(basis.mT @ gram @ basis, values.diag(), atol=1e-10)
@@ -253,6 +254,42 @@ def test_certificate():
     again = Certificate.from_json(certificate.to_json(), certificate.transforms)
     assert json.loads(again.to_json()) == json.loads(certificate.to_json())
     assert gauge.canonicalize(model, check=False).max_logit_difference == {}
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("order", ["sorted", "kept"])
+def test_heads_a_few_at_a_time_are_the_heads_all_at_once(name, order, monkeypatch):
+    found = []
+    for numbers in (1, 1 << 30):
+        monkeypatch.setattr(_canonical_heads, "_AT_A_TIME", numbers)
+        model = make(name)
+        found.append((model, gauge.canonicalize(model, order=order, check=False)))
+    (pieces, one), (whole, other) = found
+    # The arithmetic is the same; the products of batches of matrices may be summed in another order.
+    assert largest_difference(pieces, whole) < 1e-11
+    assert one.maps == other.maps and one.folded == other.folded and sorted(one.leftover) == sorted(other.leftover)
+    assert one.transforms.keys() == other.transforms.keys()
+    for key, tensor in one.transforms.items():
+        assert torch.allclose(tensor, other.transforms[key], rtol=1e-9, atol=1e-11), key
+    for layer, spectra in one.spectra.items():
+        for key, tensor in spectra.items():
+            assert torch.allclose(tensor, other.spectra[layer][key], rtol=1e-9, atol=1e-11), key
+
+
+def test_heads_that_share_something_are_treated_together(monkeypatch):
+    monkeypatch.setattr(_canonical_heads, "_AT_A_TIME", 1)
+    read, sizes = _canonical_heads.Heads.read, []
+
+    def counting(weights, attention):
+        sizes.append(attention.num_kv_heads)
+        return read(weights, attention)
+
+    monkeypatch.setattr(_canonical_heads.Heads, "read", counting)
+    gauge.canonicalize(make(num_layers=1), check=False)
+    assert sizes == [1, 1, 1, 1]
+    sizes.clear()
+    gauge.canonicalize(tiny.make("deepseek_v2").double(), check=False)
+    assert set(sizes) == {2}
 
 
 def test_the_certificate_sees_a_broken_treatment(monkeypatch):

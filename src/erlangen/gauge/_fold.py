@@ -11,6 +11,7 @@ Readers without a bias behind a layer norm with one: W (γ ⊙ x̂ + β) = (W di
 `Plan` says from a layout alone what may be done; `Reading` and `Writing` do it to rows in float64.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -444,7 +445,7 @@ class Heads:
     biases: dict[str, Tensor]
 
     @classmethod
-    def read(cls, weights: Weights, attention: HeadLayout) -> "Heads":
+    def read(cls, weights: Weights | Mapping[str, Tensor], attention: HeadLayout) -> "Heads":
         """As they are stored."""
         matrices: dict[str, Tensor] = {}
         biases: dict[str, Tensor] = {}
@@ -455,23 +456,23 @@ class Heads:
                 biases[name] = (bias if part.side == "in" else part.head_biases(bias)).double()
         return cls(matrices, biases)
 
-    def store(self, weights: Weights, attention: HeadLayout) -> None:
-        """Write them: every tensor once."""
-        stored: dict[str, Tensor] = {}
-
-        def opened(name: str) -> Tensor:
-            if name not in stored:
-                stored[name] = weights[name].clone()
-            return stored[name]
-
+    def put(self, stored: Mapping[str, Tensor], attention: HeadLayout) -> None:
+        """Write them into stored tensors, in place."""
         for name, part in attention_maps(attention).items():
-            part.put_heads(opened(part.weight), self.weights[name])
+            part.put_heads(stored[part.weight], self.weights[name])
             if part.bias_name is not None:
-                bias = opened(part.bias_name)
+                bias = stored[part.bias_name]
                 if part.side == "in":
                     bias.copy_(self.biases[name])
                 else:
                     part.put_head_biases(bias, self.biases[name])
+
+    def store(self, weights: Weights, attention: HeadLayout) -> None:
+        """Write them: every tensor once."""
+        parts = attention_maps(attention).values()
+        names = {name: None for part in parts for name in (part.weight, part.bias_name) if name is not None}
+        stored = {name: weights[name].clone() for name in names}
+        self.put(stored, attention)
         for name, tensor in stored.items():
             weights[name] = tensor
 

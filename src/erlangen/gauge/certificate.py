@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -172,7 +172,7 @@ class Certificate:
 
     def to_json(self) -> str:
         """Everything but the transforms, as JSON."""
-        values = {key: value for key, value in asdict(self).items() if key not in ("transforms", "spectra")}
+        values = {key: value for key, value in vars(self).items() if key not in ("transforms", "spectra")}
         values["spectra"] = {
             str(layer): {name: tensor.tolist() for name, tensor in spectra.items()}
             for layer, spectra in self.spectra.items()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import forms
+from ._canonical_residual import mean_free_basis
 from ._fold import (
     Fold,
     Frame,
@@ -27,7 +28,7 @@ from ._fold import (
     unseen_constants,
 )
 from ._weights import ModuleWeights, PendingWeights, Weights
-from .canonical import check_weights, mean_free_basis, out_norm_in_frame
+from .canonical import check_weights, out_norm_in_frame
 from .layout import HeadLayout, Layer, ModelLayout, Norm, model_layout
 
 

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from erlangen import _extras
+from erlangen.gauge._outputs import DTYPES as DTYPES
+from erlangen.gauge._outputs import Float64
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 _CHUNK = 1 << 22  # bytes of a map's rows that are held at a time
 
 
@@ -29,29 +29,6 @@ class Rows(Protocol):
     def __contains__(self, name: str) -> bool: ...
     def rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor: ...
     def shape(self, name: str) -> torch.Size: ...
-
-
-class Float64(TorchFunctionMode):
-    """Models of transformers compute norms, softmax and positions in float32; in this context, in float64."""
-
-    _reading = False
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """In this context float32 is float32."""
-        self._reading = True
-        try:
-            yield
-        finally:
-            self._reading = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not self._reading:
-            func = Tensor.double if func is Tensor.float else func
-            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
-            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
-        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -6,19 +6,18 @@ writes a file from tensors that are all in memory; here a file is made with its 
 their places as they become ready. Plain reads and writes, not a memory map, so that a process holds what it asked for.
 """
 
-import ctypes
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from erlangen.gauge._weights import give_back as give_back
 
 CHUNK = 1 << 23  # bytes copied at a time
 _MOST = 100_000_000  # bytes of a header, the limit of the format
@@ -214,18 +213,6 @@ def copy(source: TensorFile, target: TensorFile, names: Iterable[str]) -> None:
                     raise ValueError(f"{source.path} became shorter while it was copied")
                 _write(writing, buffer[:number])
                 rest -= number
-
-
-@cache
-def _trim() -> Callable[[int], int] | None:
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-
-
-def give_back() -> None:
-    """Let the C library of Linux return the memory that was freed; by itself it keeps pieces below 32 MB."""
-    trim = _trim()
-    if trim is not None:
-        trim(0)
 
 
 def to_disk(paths: Iterable[Path]) -> None:
