@@ -10,8 +10,9 @@ import os
 import re
 import resource
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,21 +54,44 @@ def peak_memory(case: Case, limit: float) -> dict[Pass, float | str | None]:
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(case, int(allowed), theirs))
     found: dict[Pass, float | str | None] = {}
-    process.start()
-    theirs.close()
     try:
+        with _interrupted_afterwards():
+            process.start()
+        theirs.close()
         with suppress(EOFError):
             while True:
                 found |= ours.recv()
         process.join()
     finally:
-        process.kill()
+        if process.pid is not None:
+            process.kill()
     status = process.exitcode or 0
     ended = f"its process ended by itself, with status {status}"
     if status < 0:
         ended = f"its process was ended by {signal.Signals(-status).name}"
     too_much = f"it needs more than {'the limit of' if limit <= free else 'what is free,'} {allowed / 1e9:.3g} GB"
     return {which: too_much if (r := found.get(which, ended)) == "memory" else r for which in PASSES}
+
+
+@contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C in here takes effect at the end: a process that is half started would show a traceback of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = False
+
+    def later(*_: Any) -> None:
+        nonlocal came
+        came = True
+
+    before = signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _measure(case: Case, limit: int, results: Connection) -> None:
