@@ -7,7 +7,7 @@ import pytest
 import tiny_transformers as tiny
 import torch
 
-from erlangen import gauge
+from erlangen import breaking, gauge
 from erlangen.gauge import _canonical_heads
 from erlangen.gauge._fold import plan
 from erlangen.gauge._weights import ModuleWeights
@@ -446,3 +446,13 @@ def test_every_flat_direction_is_fixed(name):
     change = max((forms[0][key] - forms[1][key]).abs().max().item() for key in names)
     # A direction that is left shows as a change of a hundredth of the step; curvature and rounding as less.
     assert change < 1e-4 * step
+
+
+def test_unlearned_biases_are_not_overlooked():
+    model = breaking.break_symmetry(make())
+    before = copied(model)
+    for treat in (gauge.canonicalize, gauge.random_move, lambda broken: gauge.compare(broken, make())):
+        with pytest.raises(ValueError, match="unlearned biases"):
+            treat(model)
+    assert all(torch.equal(value, before[name]) for name, value in copied(model).items())
+    gauge.canonicalize(breaking.restore(model))

@@ -37,11 +37,17 @@ class ModuleWeights:
         module: what holds them. A parameter with several names (tied embeddings) is found under each.
 
     Raises:
-        ValueError: parameters that are not here as a whole: sharded, or on the meta device.
+        ValueError: parameters that are not here as a whole: sharded, or on the meta device; a model with unlearned
+            biases, which are no parameters and would be overlooked.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = unwrap(module)
+        if getattr(self.module, "symmetry_breaking", None) is not None:
+            raise ValueError(
+                "this model has unlearned biases beside its weights (erlangen.breaking.break_symmetry): take them out "
+                "first, with erlangen.breaking.restore"
+            )
         self._parameters = dict(self.module.named_parameters(remove_duplicate=False))
         for name, parameter in self._parameters.items():
             if parameter.is_meta or hasattr(parameter, "full_tensor"):
