@@ -19,9 +19,10 @@ def test_blocks_are_found():
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_block_runs(block, tmp_path, monkeypatch):
+def test_block_runs(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "block", "exec"), {"__name__": "__main__"})
+    exec(compile(block, "block", "exec"), {"__name__": "__main__"})  # our own pages
+    assert capsys.readouterr().out or "print(" not in block, "what it is to show is shown"
 
 
 def test_links_lead_somewhere():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from erlangen.finite import named
+from erlangen.finite._blocks import block_linear, block_linear_reference
 from erlangen.finite.irreps import Representation
 from erlangen.finite.linear import (
     EquivariantEmbedding,
@@ -17,8 +18,6 @@ from erlangen.finite.linear import (
     EquivariantMLP,
     EquivariantNorm,
     GroupBasis,
-    block_linear,
-    block_linear_reference,
 )
 from erlangen.testing import assert_equivariant, assert_low_precision
 

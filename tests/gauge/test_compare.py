@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
@@ -548,7 +547,7 @@ def test_many_are_matched_in_turn(monkeypatch):
 
 
 def test_many_neurons_are_matched_a_part_at_a_time(monkeypatch):
-    monkeypatch.setattr(sys.modules[compare.__module__], "EXACT", 2)
+    monkeypatch.setattr("erlangen.gauge._matching.EXACT", 2)
     for name in ("learned", "grouped"):
         model = ours(name)
         result = compare(model, moved(noisy(copy.deepcopy(model), 0.05))[0])

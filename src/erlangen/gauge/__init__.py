@@ -1,8 +1,9 @@
-"""Reduce: the redundancy of an attention layer's weights, described, measured and (in time) removed.
+"""Reduce: the redundancy of a transformer's weights, described, counted, fixed, looked past and measured.
 
 Rotating the queries and keys of a head together, or its values and output, changes no number that the model returns.
-`HeadLayout` says where a layer keeps the weights of its heads; `head_layouts` finds the layouts of a model, ours or a
-foreign one; `charges` measures how far a training run has left the zero-charge orbit on which that symmetry holds it.
+`HeadLayout` and `ModelLayout` say where a model keeps its weights, ours or a foreign one; `flat_directions` counts what
+is redundant, `canonicalize` settles it, `random_move` moves along it, `compare` does not see it; `charges` measures how
+far a training run has left the zero-charge orbit on which that symmetry holds it.
 """
 
 from ._charges import charges as charges
@@ -10,8 +11,8 @@ from ._spectra import HeadSpectra as HeadSpectra
 from ._spectra import head_spectra as head_spectra
 from .canonical import canonicalize as canonicalize
 from .certificate import Certificate as Certificate
-from .compare import Comparison as Comparison
 from .compare import compare as compare
+from .comparison import Comparison as Comparison
 from .flat import FlatDirections as FlatDirections
 from .flat import flat_directions as flat_directions
 from .layout import MLP as MLP
