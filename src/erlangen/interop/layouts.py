@@ -260,69 +260,58 @@ def _separate_heads(
     )
 
 
+def _fused_heads(path: str, sizes: tuple[int, int, int], rotary: Rotary | None) -> HeadLayout:
+    """Queries, keys and values one after the other in one map."""
+    heads, kv_heads, width = sizes
+    fused = f"{path}.qkv_proj"
+    return HeadLayout(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=width,
+        query=rows(fused, heads, width),
+        key=rows(fused, kv_heads, width, start=heads * width),
+        value=rows(fused, kv_heads, width, start=(heads + kv_heads) * width),
+        output=rows(f"{path}.o_proj", heads, width, side="in"),
+        rotary=rotary,
+    )
+
+
+def _fused_swiglu(path: str, hidden: int, activation: str) -> MLP:
+    """Gate and up one after the other in one map."""
+    return MLP(
+        gate=rows(f"{path}.gate_up_proj", 1, hidden),
+        up=rows(f"{path}.gate_up_proj", 1, hidden, start=hidden),
+        down=rows(f"{path}.down_proj", 1, hidden, side="in"),
+        activation=activation,
+    )
+
+
 def _llama_like(frame: _Frame) -> ModelLayout:
-    """Llama, Mistral, Qwen2 and Qwen3: RMS norms, rotary positions, grouped keys, gated feed-forward layers."""
+    """Llama, Mistral, Qwen2, Qwen3 and Phi-3: RMS norms, rotary positions, grouped keys, gated feed-forward layers."""
     config, prefix, kind = frame.config, frame.prefix, frame.config.kind
     dim, hidden = config.size("hidden_size"), config.size("intermediate_size")
     sizes = config.head_sizes(dim, kv_heads=8 if kind == "mistral" else None, width=128 if kind == "qwen3" else None)
     if kind == "qwen2":
         qkv_bias, output_bias = True, False
     else:
-        qkv_bias = output_bias = kind != "mistral" and config.flag("attention_bias", False)
+        qkv_bias = output_bias = kind in ("llama", "qwen3") and config.flag("attention_bias", False)
     mlp_bias = kind == "llama" and config.flag("mlp_bias", False)
-    eps, rotary = config.number("rms_norm_eps", 1e-6), config.rotary(sizes[2])
+    fused = kind == "phi3"
+    eps = config.number("rms_norm_eps", 1e-5 if fused else 1e-6)
+    rotary = config.rotary(sizes[2], partial=1.0) if fused else config.rotary(sizes[2])
+    activation = config.get("hidden_act", "silu")
 
     def norm(path: str) -> Norm:
         return Norm(path=path, kind="rms", eps=eps)
 
     def layer(path: str, _: int) -> Layer:
-        heads = f"{path}.self_attn"
+        heads, mlp = f"{path}.self_attn", f"{path}.mlp"
         qk_norm = (norm(f"{heads}.q_norm"), norm(f"{heads}.k_norm")) if kind == "qwen3" else False
         return Layer(
-            attention=_separate_heads(heads, sizes, qkv_bias, output_bias, rotary=rotary, qk_norm=qk_norm),
-            mlp=_swiglu(f"{path}.mlp", hidden, config.get("hidden_act", "silu"), mlp_bias),
-            attention_norm=norm(f"{path}.input_layernorm"),
-            mlp_norm=norm(f"{path}.post_attention_layernorm"),
-        )
-
-    return frame.model(
-        dim=dim,
-        tied=False,
-        token_embedding=f"{prefix}embed_tokens.weight",
-        other_embeddings={},
-        layers=frame.layers("num_hidden_layers", "layers", layer),
-        final_norm=norm(f"{prefix}norm"),
-    )
-
-
-def _phi3(frame: _Frame) -> ModelLayout:
-    config, prefix = frame.config, frame.prefix
-    dim, hidden = config.size("hidden_size"), config.size("intermediate_size")
-    heads, kv_heads, width = config.head_sizes(dim)
-    eps, rotary = config.number("rms_norm_eps", 1e-5), config.rotary(width, partial=1.0)
-
-    def norm(path: str) -> Norm:
-        return Norm(path=path, kind="rms", eps=eps)
-
-    def layer(path: str, _: int) -> Layer:
-        fused, gate_up = f"{path}.self_attn.qkv_proj", f"{path}.mlp.gate_up_proj"
-        return Layer(
-            attention=HeadLayout(
-                num_heads=heads,
-                num_kv_heads=kv_heads,
-                head_dim=width,
-                query=rows(fused, heads, width),
-                key=rows(fused, kv_heads, width, start=heads * width),
-                value=rows(fused, kv_heads, width, start=(heads + kv_heads) * width),
-                output=rows(f"{path}.self_attn.o_proj", heads, width, side="in"),
-                rotary=rotary,
-            ),
-            mlp=MLP(
-                gate=rows(gate_up, 1, hidden),
-                up=rows(gate_up, 1, hidden, start=hidden),
-                down=rows(f"{path}.mlp.down_proj", 1, hidden, side="in"),
-                activation=config.get("hidden_act", "silu"),
-            ),
+            attention=_fused_heads(heads, sizes, rotary)
+            if fused
+            else _separate_heads(heads, sizes, qkv_bias, output_bias, rotary=rotary, qk_norm=qk_norm),
+            mlp=_fused_swiglu(mlp, hidden, activation) if fused else _swiglu(mlp, hidden, activation, mlp_bias),
             attention_norm=norm(f"{path}.input_layernorm"),
             mlp_norm=norm(f"{path}.post_attention_layernorm"),
         )
@@ -547,7 +536,7 @@ _FAMILIES = {
     "gpt_neox": _Family(_gpt_neox, "gpt_neox.", "embed_in.weight", heads=("lm_head", "embed_out")),
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "phi3": _Family(_phi3, "model.", "embed_tokens.weight"),
+    "phi3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
 }

@@ -380,6 +380,9 @@ def _panels(
                 y_label += f"\n(below {_power(math.log10(lowest))} drawn as 0)"
         if log_x:
             _log_x_axis(grid[0, 0], everything, at_most=8 if columns == 1 else 4)
+        elif all(np.issubdtype(np.asarray(one.x).dtype, np.integer) for one in everything):
+            ticker = require("matplotlib.ticker", "report")
+            grid[0, 0].xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
         for row in grid:
             row[0].set_ylabel(y_label)
         for column in range(columns):  # the last panel of a column shows the x axis
