@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from erlangen.interop import layout_of_config
-from erlangen.interop.checkpoints import INDEX, SINGLE, tensor_shapes
+from erlangen.interop.checkpoints import INDEX, SINGLE
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 24,
@@ -32,7 +32,7 @@ def random_tensors(config, dtype=torch.float32, seed=0):
     """Tensors of a config by name: gains around 1, the rest around 0."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in tensor_shapes(layout_of_config(config)).items():
+    for name, shape in layout_of_config(config).tensor_shapes().items():
         mean = float(len(shape) == 1 and name.endswith("weight"))
         tensors[name] = (mean + 0.2 * torch.randn(shape, generator=generator)).to(dtype)
     return tensors

@@ -77,6 +77,44 @@ def test_tensors_added_behind(path, tmp_path):
     assert files.open_file(target.path).entries == target.entries
 
 
+def test_a_spool_becomes_a_file(tmp_path):
+    spool = files.Spool(tmp_path / "spool")
+    with pytest.raises(FileExistsError):
+        files.Spool(tmp_path / "spool")
+    spool["b"] = torch.zeros(7)  # set again in another size below
+    spool["gone"] = torch.ones(3)
+    spool["ids"] = TENSORS["ids"] - 1  # and in the same size
+    place = spool._entries["ids"]
+    for name, tensor in TENSORS.items():
+        spool[name] = tensor
+    del spool["gone"]
+    assert spool._entries["ids"] == place
+    assert list(spool) == ["b", "ids", *(name for name in TENSORS if name not in ("b", "ids"))]
+    assert all(torch.equal(spool[name], tensor) for name, tensor in TENSORS.items())
+    with pytest.raises(KeyError):
+        spool["gone"]
+    transposed = torch.arange(6.0).reshape(2, 3).T
+    spool["strided"] = transposed
+    spool.save(tmp_path / "saved.safetensors")
+    assert not (tmp_path / "spool").exists()
+    found = load_file(tmp_path / "saved.safetensors")
+    assert found.keys() == {*TENSORS, "strided"} and torch.equal(found["strided"], transposed)
+    read = files.Tensors(files.open_file(tmp_path / "saved.safetensors"))
+    assert len(read) == len(found) and "gone" not in read and read.get("gone") is None
+    for name, expected in TENSORS.items():
+        assert found[name].dtype == read[name].dtype == expected.dtype
+        assert torch.equal(found[name], expected) and torch.equal(read[name], expected)
+    read["b"].zero_()
+    assert torch.equal(read["b"], TENSORS["b"]), "what is read is one's own"
+
+
+def test_a_spool_of_nothing(tmp_path):
+    files.Spool(tmp_path / "spool").save(tmp_path / "saved.safetensors")
+    assert load_file(tmp_path / "saved.safetensors") == {}
+    with pytest.raises(FileExistsError):
+        files.Spool(tmp_path / "spool").save(tmp_path / "saved.safetensors")
+
+
 def header(table, length=None, data=b""):
     text = table if isinstance(table, bytes) else json.dumps(table).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data

@@ -17,6 +17,8 @@ usage: erlangen COMMAND [options]
   audit         how many dimensions of a checkpoint are redundant, and what its heads are like
   canonicalize  write a checkpoint in canonical form, with a certificate that nothing changed
   compare       whether two checkpoints are the same function, and how far apart they are
+  merge         average two checkpoints in one gauge
+  shrink        store and compute less: a checkpoint without the numbers that a gauge makes redundant
 
   erlangen COMMAND --help    options and an example
   erlangen --version
@@ -66,6 +68,18 @@ def _compare(arguments: Sequence[str]) -> int:
     return main(arguments)
 
 
+def _merge(arguments: Sequence[str]) -> int:
+    from .merge import main
+
+    return main(arguments)
+
+
+def _shrink(arguments: Sequence[str]) -> int:
+    from .shrink import main
+
+    return main(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "tour": _tour,
     "train": _train,
@@ -74,6 +88,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "audit": _audit,
     "canonicalize": _canonicalize,
     "compare": _compare,
+    "merge": _merge,
+    "shrink": _shrink,
 }
 
 

@@ -14,7 +14,7 @@ from erlangen.gauge.flat import SECTORS
 if TYPE_CHECKING:
     from .audit import Audit
 
-_MAX_COLUMNS = 12  # of a heat map
+MAX_HEADS = 12  # columns of a heat map
 _MAX_ROWS = 40
 _MAX_CURVES = 6
 _MAX_LINES = 40
@@ -28,7 +28,7 @@ def _some(number: int, at_most: int) -> list[int]:
     return sorted({round(place) for place in np.linspace(0, number - 1, at_most)})
 
 
-def _spectra_figure(
+def spectra_figure(
     layers: Mapping[int, Tensor], what: str, x_label: str = "number of the singular value"
 ) -> report.Figure:
     """Spectra over their largest value, of some layers, each the mean over its heads."""
@@ -147,8 +147,8 @@ def audit_page(result: "Audit") -> str:
             "A head counts only through two products, of queries with keys and of values with outputs. Their singular "
             "values are its own: no gauge changes them, once gains of norms are folded in. Under rotary positions "
             "those of queries and keys are the sizes of the planes.",
-            _spectra_figure(query_key, "queries with keys"),
-            _spectra_figure(value_output, "values with outputs"),
+            spectra_figure(query_key, "queries with keys"),
+            spectra_figure(value_output, "values with outputs"),
         ]))  # fmt: skip
         sections.append(report.Section("The stored factors", [
             report.Table(
@@ -194,22 +194,18 @@ def compare_summary(first: str, second: str, result: Comparison) -> list[str]:
     return [*lines, *result.notes]
 
 
-def _matched_heads(result: Comparison) -> report.Figure:
-    """Similarity of matched heads, a row a layer."""
-    numbers = _some(len(result.layers), _MAX_ROWS)
-    values = np.stack([
-        np.array([
-            result.layers[n].head_similarity[head, other] for head, other in enumerate(result.layers[n].heads)
-        ])
-        for n in numbers
-    ])  # fmt: skip
-    columns = [str(head) for head in range(values.shape[1])]
-    label, more = "head of the first model", ""
-    if values.shape[1] > _MAX_COLUMNS:
+def matched_heads(layers: Sequence[Tensor], x_label: str) -> report.Figure:
+    """Similarity of matched heads [H], a row a layer."""
+    numbers = _some(len(layers), _MAX_ROWS)
+    values = np.stack([layers[n].numpy() for n in numbers])
+    columns, more = [str(head) for head in range(values.shape[1])], ""
+    if values.shape[1] > MAX_HEADS:
         values = np.quantile(values, np.linspace(0, 1, 11), axis=1).T
         columns = ["least", *(f"{10 * i} %" for i in range(1, 10)), "most"]
-        label, more = "heads, from the least similar to the most", " Deciles over the heads of a layer."
-    svg = report.heat_map(values, [f"layer {n}" for n in numbers], columns, x_label=label, y_label="", cell=_similarity)
+        x_label, more = "heads, from the least similar to the most", " Deciles over the heads of a layer."
+    svg = report.heat_map(
+        values, [f"layer {n}" for n in numbers], columns, x_label=x_label, y_label="", cell=_similarity
+    )
     return report.Figure(
         svg, f"Similarity of each head with the one it was matched with; 1 is the same.{more}", "Coloured cells."
     )
@@ -220,17 +216,14 @@ def _similarity(value: float) -> str:
     return {"1.00": "1", "0.00": "0", "-0.00": "0"}.get(text, text.replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}"))
 
 
-def _all_heads(number: int, result: Comparison) -> report.Figure:
-    similarity = result.layers[number].head_similarity.numpy()
+def all_heads(similarity: Tensor, caption: str) -> report.Figure:
+    """Similarity [H, H] of all heads of two models."""
     labels = [str(head) for head in range(len(similarity))]
     svg = report.heat_map(
-        similarity, labels, labels, x_label="head of the second model", y_label="head of the first", cell=_similarity
-    )
-    return report.Figure(
-        svg,
-        f"Layer {number}, the one that differs most in its heads: similarity of every head with every other.",
-        "A matrix of coloured cells, one a pair of heads.",
-    )
+        similarity.numpy(), labels, labels, x_label="head of the second model", y_label="head of the first",
+        cell=_similarity,
+    )  # fmt: skip
+    return report.Figure(svg, caption, "A matrix of coloured cells, one a pair of heads.")
 
 
 def compare_page(first: str, second: str, result: Comparison) -> str:
@@ -264,9 +257,13 @@ def compare_page(first: str, second: str, result: Comparison) -> str:
     worst = max(
         depth.tolist(), key=lambda n: result.layers[n].query_key.distance + result.layers[n].value_output.distance
     )
-    heads: list[str | report.Figure | report.Table] = [_matched_heads(result)]
-    if len(result.layers[worst].heads) <= _MAX_COLUMNS:
-        heads.append(_all_heads(worst, result))
+    matched = [layer.head_similarity[list(range(len(layer.heads))), list(layer.heads)] for layer in result.layers]
+    heads: list[str | report.Figure | report.Table] = [matched_heads(matched, "head of the first model")]
+    if len(result.layers[worst].heads) <= MAX_HEADS:
+        heads.append(all_heads(
+            result.layers[worst].head_similarity,
+            f"Layer {worst}, the one that differs most in its heads: similarity of every head with every other.",
+        ))  # fmt: skip
     sections.append(report.Section("Heads", heads))
     spectra = result.layers[worst].spectra
     figures: list[str | report.Figure | report.Table] = []
@@ -317,7 +314,8 @@ def canonicalize_summary(name: str, output: Path, certificate: Certificate) -> l
     return lines
 
 
-def _sentences(lines: Sequence[str], none: str) -> list[str | report.Figure | report.Table]:
+def sentences(lines: Sequence[str], none: str) -> list[str | report.Figure | report.Table]:
+    """Some of the sentences, and how many more there are; or what is said where there are none."""
     if not lines:
         return [none]
     left = len(lines) - _MAX_LINES
@@ -338,16 +336,16 @@ def canonicalize_page(name: str, output: Path, certificate: Certificate) -> str:
                 dict.fromkeys(columns[1:], ".2g"),
             ),
         ]))  # fmt: skip
-    sections.append(report.Section("What was done", _sentences(certificate.folded, "Nothing was folded.")))
+    sections.append(report.Section("What was done", sentences(certificate.folded, "Nothing was folded.")))
     sections.append(report.Section("What is left open", [
         "Where singular values are equal, or heads are of deficient rank, a model a little beside this one may look "
         "otherwise in canonical form.",
-        *_sentences(certificate.leftover, "No head or neuron is: each has its place and its numbers."),
+        *sentences(certificate.leftover, "No head or neuron is: each has its place and its numbers."),
     ]))  # fmt: skip
     for key, what in (("query_key", "queries with keys"), ("value_output", "values with outputs")):
         layers = {number: spectra[key] for number, spectra in certificate.spectra.items() if key in spectra}
         if layers:
-            sections.append(report.Section(f"Spectra of {what}", [_spectra_figure(layers, what)]))
+            sections.append(report.Section(f"Spectra of {what}", [spectra_figure(layers, what)]))
     sections.append(report.Section("The files", [
         f"`{output}` has the weights with everything that was beside them, `gauge.json` the certificate and "
         "`gauge.safetensors` the transforms: with them an adapter or the state of an optimiser follows "

@@ -2,14 +2,21 @@
 
 Rotating the queries and keys of a head together, or its values and output, changes no number that the model returns.
 `HeadLayout` and `ModelLayout` say where a model keeps its weights, ours or a foreign one; `flat_directions` counts what
-is redundant, `canonicalize` settles it, `random_move` moves along it, `compare` does not see it; `charges` measures how
-far a training run has left the zero-charge orbit on which that symmetry holds it.
+is redundant, `canonicalize` settles it, `random_move` moves along it, `compare` does not see it, `align` brings one
+model to another along it, and `merge` averages the two; `charges` measures how far a training run has left the
+zero-charge orbit on which that symmetry holds it.
 """
 
 from ._charges import charges as charges
+from ._reduced import ReducedLinear as ReducedLinear
 from ._spectra import HeadSpectra as HeadSpectra
 from ._spectra import head_spectra as head_spectra
+from .align import Alignment as Alignment
+from .align import align as align
 from .canonical import canonicalize as canonicalize
+from .carry import CarriedState as CarriedState
+from .carry import carry_gradients as carry_gradients
+from .carry import carry_optimizer as carry_optimizer
 from .certificate import Certificate as Certificate
 from .compare import compare as compare
 from .comparison import Comparison as Comparison
@@ -29,4 +36,10 @@ from .layout import head_layouts as head_layouts
 from .layout import model_layout as model_layout
 from .layout import rows as rows
 from .layout import unwrap as unwrap
+from .merge import Barrier as Barrier
+from .merge import barrier as barrier
+from .merge import merge as merge
 from .moves import random_move as random_move
+from .shrink import Shrunk as Shrunk
+from .shrink import reduce_maps as reduce_maps
+from .shrink import shrink as shrink

@@ -10,7 +10,8 @@ EXACT = 512  # up to this size an assignment is exact; beyond, best pairs are ta
 def assignment(similarity: Tensor) -> Tensor:
     """The permutation p of largest ``similarity[i, p[i]]`` in sum: exact, by shortest augmenting paths.
 
-    Kuhn's Hungarian method with potentials, O(n³).
+    Kuhn's Hungarian method with potentials, O(n³): what the potentials of rows and columns give at once is taken, and
+    each row that is left over finds its shortest path (Jonker and Volgenant, Computing 38, 1987).
 
     Args:
         similarity: [n, n], finite.
@@ -20,37 +21,38 @@ def assignment(similarity: Tensor) -> Tensor:
     """
     cost = -similarity.detach().double().cpu().numpy()
     size = len(cost)
-    if size == 1:
-        return torch.zeros(1, dtype=torch.int64)
-    # Row and column 0 are a virtual start; row_of[j] is the row that column j is given to.
-    row_potential, column_potential = np.zeros(size + 1), np.zeros(size + 1)
-    row_of = np.zeros(size + 1, dtype=np.int64)
-    for row in range(1, size + 1):
-        row_of[0] = row
-        column = 0
-        slack = np.full(size + 1, np.inf)
-        previous = np.zeros(size + 1, dtype=np.int64)
-        used = np.zeros(size + 1, dtype=bool)
-        while row_of[column]:
-            used[column] = True
-            current = row_of[column]
-            free = np.flatnonzero(~used[1:]) + 1
-            reduced = cost[current - 1, free - 1] - row_potential[current] - column_potential[free]
-            better = reduced < slack[free]
-            slack[free[better]] = reduced[better]
-            previous[free[better]] = column
-            nearest = free[np.argmin(slack[free])]
-            step = slack[nearest]
-            row_potential[row_of[used]] += step
-            column_potential[used] -= step
-            slack[free] -= step
-            column = nearest
-        while column:
-            row_of[column] = row_of[previous[column]]
-            column = previous[column]
-    result = torch.empty(size, dtype=torch.int64)
-    result[torch.from_numpy(row_of[1:] - 1)] = torch.arange(size)
-    return result
+    column_potential = cost.min(axis=0)
+    row_potential = (cost - column_potential).min(axis=1)
+    row_of, column_of = np.full(size, -1), np.full(size, -1)
+    for row, column in np.argwhere(cost - column_potential == row_potential[:, None]):
+        if row_of[column] < 0 and column_of[row] < 0:
+            row_of[column], column_of[row] = row, column
+    for start in np.flatnonzero(column_of < 0):
+        slack, closed = np.full(size, np.inf), np.zeros(size)
+        previous = np.zeros(size, dtype=np.int64)
+        rows, columns, lengths = [], [], [0.0]
+        row = start
+        while row >= 0:
+            reduced = cost[row] - column_potential
+            reduced += lengths[-1] - row_potential[row]
+            reduced += closed
+            better = reduced < slack
+            np.copyto(slack, reduced, where=better)
+            previous[better] = row
+            column = int(slack.argmin())
+            rows.append(row)
+            columns.append(column)
+            lengths.append(slack[column])
+            slack[column] = closed[column] = np.inf
+            row = row_of[column]
+        left = lengths[-1] - np.array(lengths)
+        row_potential[rows] += left[:-1]
+        column_potential[columns] -= left[1:]
+        while row != start:
+            row = previous[column]
+            row_of[column] = row
+            column_of[row], column = column, column_of[row]
+    return torch.from_numpy(column_of)
 
 
 def matching(similarity: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import forms
 from ._canonical_record import Record, finite
-from ._fold import Heads, Reading, Writing, attention_maps, latent_readers, stored_gain, unseen_constants
+from ._fold import Heads, Reading, Writing, attention_maps, latent_readers, stored_gain, unseen_part
 from ._weights import Weights, give_back
 from .layout import HeadLayout, Layer, Norm, Projection
 
@@ -65,6 +65,7 @@ class _HeadForms:
         spectra: as of `Record`, before ordering.
         new_gains: of the norms of queries and keys, [1 or heads, width].
         taken_off: constants were taken off the values that the output map does not show.
+        total: what the output was divided by, where a norm sets its size.
         form_query, form_key: with such norms, the factors of the form between them.
     """
 
@@ -79,6 +80,7 @@ class _HeadForms:
     spectra: dict[str, Tensor] = field(default_factory=dict)
     new_gains: tuple[Tensor, Tensor] | None = None
     taken_off: bool = False
+    total: float = 1.0
     form_query: Tensor | None = None
     form_key: Tensor | None = None
 
@@ -282,17 +284,11 @@ class _HeadForms:
 
     def _seen_constants(self, ones: bool, centred: bool) -> None:
         """Take off the constants of values what no output shows: the rest is the least in what heads give."""
-        heads, kv_heads = self.heads, self.attention.num_kv_heads
-        if not _may_be_unseen(self.attention, heads.weights["output"].shape[-1], centred):
-            return
-        basis, triangle = forms.triangle(_grouped(heads.weights["output"], kv_heads))
-        unseen = unseen_constants(_ungrouped(basis.mT, self.attention.group_size), kv_heads, centred)
-        if unseen is None:
-            return
+        heads = self.heads
         constant = heads.weights["value"].sum(dim=-1) if ones else heads.biases["value"]
-        given = (triangle @ constant[..., None]).flatten()
-        off = ((unseen @ given) @ unseen).view(*constant.shape, 1)
-        off = (torch.linalg.pinv(triangle) @ off)[..., 0]
+        off = unseen_part(heads.weights["output"], constant, centred)
+        if off is None:
+            return
         self.taken_off = True
         if ones:
             heads.weights["value"] = heads.weights["value"] - off[..., None] / heads.weights["value"].shape[-1]
@@ -321,6 +317,7 @@ class _HeadForms:
         if free_scale and total > 0:
             factor = total**-0.5
             spectrum = spectrum / total
+            self.total = total
             if "output" in heads.biases:
                 heads.biases["output"] = heads.biases["output"] / total
         _put_rows(heads, "value", form.first * factor)
@@ -552,7 +549,7 @@ def canonical_attention(
     for name in list(stored):
         weights[name] = stored.pop(name)
     if gains is not None and isinstance(norms, tuple):
-        _store_gains(attention, norms, weights, done, (query_order, kv_order))
+        _store_gains(attention, norms, weights, done, (query_order, kv_order), record)
     for norm, _ in latent_readers(attention).values():
         gain = stored_gain(weights, norm)
         if norm.weight is not None and gain is not None:
@@ -563,6 +560,8 @@ def canonical_attention(
         record.map_of(attention.output)["value_bias"] = record.keep(
             f"{attention.value.path}.value_bias", torch.cat(moved).repeat_interleave(group, dim=0)
         )
+    if done[0].total != 1:
+        record.map_of(attention.output)["total"] = done[0].total
     if any(work.taken_off for work in done):
         record.map_of(attention.output)["taken_off"] = True
     if attention.key.bias and norms is False and attention.soft_cap is None and number == 0:
@@ -586,12 +585,18 @@ def _store_gains(
     weights: Weights,
     done: list[_HeadForms],
     orders: tuple[Tensor, Tensor],
+    record: Record,
 ) -> None:
     """Write the gains of queries' and keys' norms."""
     found = [work.new_gains for work in done if work.new_gains is not None]
     for norm, parts, order in zip(norms, zip(*found), orders):
-        gain = torch.cat(parts)[order] if attention.qk_norm_over == "all" else parts[0]
-        assert norm.weight is not None
+        old = stored_gain(weights, norm)
+        assert norm.weight is not None and old is not None
+        old, gain = old.view(-1, attention.head_dim), parts[0]
+        if attention.qk_norm_over == "all":
+            old, gain = old[order], torch.cat(parts)[order]
+            record.keep(f"{norm.path}.order", order)
+        record.keep(f"{norm.path}.ratio", torch.where(old == 0, 0.0, gain / old))
         weights[norm.weight] = gain.flatten() - norm.offset
 
 

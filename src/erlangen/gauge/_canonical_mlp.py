@@ -153,5 +153,7 @@ def canonical_feed_forward(
         if reading.fold.kind == "after" and reading.bias is not None:
             bias = bias + reading.bias
         weights[mlp.down.bias_name] = writing.rows(bias) / total
+    if total != 1:
+        record.map_of(mlp.down)["total"] = total
     if mlp.slope is not None and slope is not None:
         weights[mlp.slope] = slope[order]

@@ -1,6 +1,6 @@
 """What `canonical_form` notes of its doings, and tensors taken in pieces."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +24,15 @@ class Record:
             coordinates. With QK-norm: of the form between the norms. Latent attention: "rotary" beside, [1, dim].
         leftover: what a nearby model may have otherwise: equal singular values, ties in an order, directions set to
             zero.
-        transforms: float64 factors, by name (see `Certificate.apply_to`).
+        transforms: float64 factors, by name (see `Certificate.apply_to`). Given a mapping that puts them on the
+            disk, they do not stay in memory.
         maps: path of a linear map (or name of an embedding) -> how its weight was changed, in terms of those factors.
     """
 
     folded: list[str] = field(default_factory=list)
     spectra: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     leftover: list[str] = field(default_factory=list)
-    transforms: dict[str, Tensor] = field(default_factory=dict)
+    transforms: MutableMapping[str, Tensor] = field(default_factory=dict)
     maps: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def keep(self, name: str, tensor: Tensor) -> str:

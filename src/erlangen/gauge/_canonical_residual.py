@@ -10,7 +10,7 @@ from torch import Tensor
 from . import forms
 from ._canonical_record import Record, chunks, finite
 from ._fold import Fold, Frame, Plan, Reading, Writing
-from ._weights import Weights
+from ._weights import ReadWeights, Weights
 from .layout import ModelLayout
 
 
@@ -49,7 +49,7 @@ class Embeddings:
         return self.token_writing.rows(rows + self.added)
 
 
-def embeddings_of(layout: ModelLayout, weights: Weights, steps: Plan) -> Embeddings:
+def embeddings_of(layout: ModelLayout, weights: ReadWeights, steps: Plan) -> Embeddings:
     table = weights[layout.token_embedding]
     added = torch.zeros(layout.dim, dtype=torch.float64, device=table.device)
     means: dict[str, Tensor] = {}
@@ -171,7 +171,7 @@ def write_unembedding(layout: ModelLayout, weights: Weights, steps: Plan, frame:
     reading.store(weights)
 
 
-def residual_scale(layout: ModelLayout, weights: Weights, embeddings: Embeddings) -> float:
+def residual_scale(layout: ModelLayout, weights: ReadWeights, embeddings: Embeddings) -> float:
     """Root mean square of the token embedding in its new form."""
     table = weights[layout.token_embedding]
     total = sum(embeddings.token_rows(table[part].double()).square().sum().item() for part in chunks(*table.shape))

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._weights import Weights
+from . import forms
+from ._weights import ReadWeights, Weights
 from .layout import HeadLayout, Layer, ModelLayout, Norm, Projection
 
 
@@ -242,9 +243,13 @@ def plan(layout: ModelLayout, *, logit_shift: bool = False) -> Plan:
 
     all_norms = [norm for layer in layout.layers for norm in _norms(layer)] + [layout.final_norm]
     in_stream = [norm for norm in stream if norm is not None]
-    scale = before_all and not experts and all(norm.eps == 0 for norm in in_stream)
+    out_norms = [norm for layer in layout.layers for norm in (layer.attention_out_norm, layer.mlp_out_norm)]
+    carried = [norm for norm in [*out_norms, layout.final_norm if layout.tied else None] if norm is not None]
+    settled = all(norm.eps == 0 for norm in in_stream)
+    scale = before_all and not experts and settled and all(norm.gain for norm in carried)
     if before_all and not scale:
-        why = "experts write to it" if experts else "the eps of its norms is not 0"
+        why = "a norm that would carry it has no gain" if settled else "the eps of its norms is not 0"
+        why = "experts write to it" if experts else why
         notes.append(f"The scale of the residual stream is left: {why}.")
     kept = [fold.norm for pair in layer_plans for fold in (pair.attention, pair.mlp) if fold.kind == "kept"]
     kept += [norm for layer in layout.layers for norm in (layer.attention_out_norm, layer.mlp_out_norm) if norm]
@@ -314,12 +319,12 @@ class Frame:
 # --- what maps read and write -----------------------------------------------------------------------------------------
 
 
-def stored_gain(weights: Weights, norm: Norm) -> Tensor | None:
+def stored_gain(weights: ReadWeights, norm: Norm) -> Tensor | None:
     """The gain of a norm in float64, offset included."""
     return None if norm.weight is None else weights[norm.weight].double() + norm.offset
 
 
-def stored_bias(weights: Weights, norm: Norm) -> Tensor | None:
+def stored_bias(weights: ReadWeights, norm: Norm) -> Tensor | None:
     """The bias of a norm in float64."""
     return None if norm.bias_name is None else weights[norm.bias_name].double()
 
@@ -340,7 +345,7 @@ class Reading:
     frame: Frame = field(default_factory=Frame)
 
     @classmethod
-    def of(cls, weights: Weights, fold: Fold, frame: Frame | None = None) -> "Reading":
+    def of(cls, weights: ReadWeights, fold: Fold, frame: Frame | None = None) -> "Reading":
         """With the numbers of the norm as they are stored now."""
         norm, frame = fold.norm, Frame() if frame is None else frame
         if norm is None:
@@ -445,7 +450,7 @@ class Heads:
     biases: dict[str, Tensor]
 
     @classmethod
-    def read(cls, weights: Weights | Mapping[str, Tensor], attention: HeadLayout) -> "Heads":
+    def read(cls, weights: ReadWeights | Mapping[str, Tensor], attention: HeadLayout) -> "Heads":
         """As they are stored."""
         matrices: dict[str, Tensor] = {}
         biases: dict[str, Tensor] = {}
@@ -490,7 +495,7 @@ class Heads:
                 bias = bias + reading.bias
             self.biases["output"] = writing.rows(bias)
 
-    def fold_latents(self, attention: HeadLayout, weights: Weights) -> None:
+    def fold_latents(self, attention: HeadLayout, weights: ReadWeights) -> None:
         """Fold the gains of the norms of latents into what reads them, in place."""
         for norm, names in latent_readers(attention).values():
             gain = stored_gain(weights, norm)
@@ -557,6 +562,30 @@ def unseen_constants(output: Tensor, kv_heads: int, centred: bool) -> Tensor | N
     left, values, _ = torch.linalg.svd(summed)
     rank = int((values > 1e-10 * values[0]).sum()) if values.numel() else 0
     return left[:, rank:].mT
+
+
+def unseen_part(output: Tensor, constant: Tensor, centred: bool) -> Tensor | None:
+    """The part of constants in the values that no output shows: without it they give the least.
+
+    Args:
+        output: [num_heads, value_dim, dim].
+        constant: [kv_heads, value_dim].
+        centred: as of `unseen_constants`.
+
+    Returns:
+        [kv_heads, value_dim], or None where every constant is seen.
+    """
+    kv_heads, size = len(constant), len(output) // len(constant)
+    if constant.numel() <= output.shape[-1] - centred:
+        return None
+    basis, triangle = forms.triangle(output.unflatten(0, (kv_heads, size)).transpose(1, 2).flatten(2))
+    rows = basis.mT.unflatten(2, (size, -1)).transpose(1, 2).flatten(0, 1)
+    unseen = unseen_constants(rows, kv_heads, centred)
+    if unseen is None:
+        return None
+    given = (triangle @ constant[..., None]).flatten()
+    off = ((unseen @ given) @ unseen).view(*constant.shape, 1)
+    return (torch.linalg.pinv(triangle) @ off)[..., 0]
 
 
 def folded_heads(layout: ModelLayout, weights: Weights, layer: int) -> Heads:

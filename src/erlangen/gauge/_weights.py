@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .layout import unwrap
 
 
-class Weights(Protocol):
-    """A thing from which tensors are read by name, and to which they are written."""
+class ReadWeights(Protocol):
+    """A thing from which tensors are read by name."""
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -21,13 +21,17 @@ class Weights(Protocol):
         """A tensor as it is stored. Not to be modified in place."""
         ...
 
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        """Replace a tensor by one of the same shape, which is cast to the stored dtype."""
-        ...
-
     def shape(self, name: str) -> torch.Size: ...
 
     def dtype(self, name: str) -> torch.dtype: ...
+
+
+class Weights(ReadWeights, Protocol):
+    """A thing from which tensors are read by name, and to which they are written."""
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        """Replace a tensor by one of the same shape, which is cast to the stored dtype."""
+        ...
 
 
 class ModuleWeights:

@@ -9,7 +9,7 @@ said: nothing here changes the function.
 All of it is computed in float64, a layer at a time, and written once in the stored dtype.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -22,10 +22,11 @@ from ._canonical_heads import canonical_attention
 from ._canonical_mlp import canonical_feed_forward
 from ._canonical_record import Record as Record
 from ._canonical_residual import embeddings_of, residual_frame, residual_scale, write_embeddings, write_unembedding
+from ._fingerprint import fingerprint
 from ._fold import Frame, LayerPlan, Reading, Writing, plan, stored_bias, stored_gain
 from ._outputs import compared as compared
 from ._outputs import generated_inputs, outputs
-from ._weights import ModuleWeights, PendingWeights, Weights
+from ._weights import ModuleWeights, PendingWeights, ReadWeights, Weights
 from .certificate import Certificate
 from .layout import Layer, ModelLayout, Norm, model_layout, unwrap
 from .layout import rows as slices_of
@@ -33,7 +34,7 @@ from .layout import rows as slices_of
 _FOLDERS = "erlangen.interop.checkpoints"
 
 
-def check_weights(layout: ModelLayout, weights: Weights) -> None:
+def check_weights(layout: ModelLayout, weights: ReadWeights) -> None:
     """Every tensor that a layout names is there, in its shape and in floating point.
 
     Raises:
@@ -59,6 +60,7 @@ def canonical_form(
     order: Literal["sorted", "kept"] = "sorted",
     residual: bool = False,
     logit_shift: bool = False,
+    transforms: MutableMapping[str, Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Record:
     """Bring weights to canonical form, tensor by tensor, a layer at a time.
@@ -69,6 +71,7 @@ def canonical_form(
         order: "sorted": heads and hidden features by size, largest first; "kept": as they are.
         residual: also fix the frame of the residual stream.
         logit_shift: also take off what softmax does not see: a constant added to all logits of a position.
+        transforms: where the factors are kept, layer by layer; None: in memory.
         progress: called with the number of layers done and of all.
 
     Returns:
@@ -81,8 +84,17 @@ def canonical_form(
     if order not in ("sorted", "kept"):
         raise ValueError(f'order must be "sorted" or "kept", received {order!r}')
     check_weights(layout, weights)
-    steps, record, sort = plan(layout, logit_shift=logit_shift), Record(), order == "sorted"
+    steps, sort = plan(layout, logit_shift=logit_shift), order == "sorted"
+    record = Record() if transforms is None else Record(transforms=transforms)
     record.folded += steps.notes
+    if not residual and steps.rotations != "none":
+        record.folded.append("The frame of the residual stream is left as it is (residual=True settles it).")
+    has_logits = layout.unembedding is not None or (layout.tied and bool(layout.other_embeddings))
+    if has_logits and layout.soft_cap is None and not logit_shift:
+        record.folded.append(
+            "A constant added to all logits of a position, which softmax does not see, is left (logit_shift=True takes "
+            "it off)."
+        )
     if residual and steps.rotations == "none":
         raise ValueError(f"the frame of the residual stream of this {layout.kind} is not free: {steps.reason}")
     embeddings = embeddings_of(layout, weights, steps)
@@ -143,6 +155,12 @@ def _layer(
         divided = reading.scale if fold.kind == "after" else scale if out_norm is None else 1.0
         treat(layer, number, weights, reading, Writing(centred, frame, divided), sort, record)
         out_norm_in_frame(out_norm, weights, frame, scale)
+    if layer.joined_biases is not None:
+        output, down = layer.joined_biases
+        weights[output] = weights[output].double() + weights[down].double()
+        weights[down] = torch.zeros_like(weights[down])
+        if number == 0:
+            record.folded.append("Output biases of feed-forward layers moved into those of the attention beside them.")
     for reading in readings.values():
         if reading.fold.kind != "kept" or not frame.same:
             reading.store(weights)
@@ -241,6 +259,7 @@ def canonicalize(
         raise ValueError("a model in memory is changed in place: give no output folder, and save it where you like")
     model = unwrap(model_or_folder)
     layout, stored = model_layout(model), ModuleWeights(model)
+    source = fingerprint(layout, stored)
     added: dict[str, str] = {}
     if untie:
         if not layout.tied:
@@ -260,7 +279,8 @@ def canonicalize(
         _untie(model, name, source)
         weights = weights.onto(ModuleWeights(model))
     weights.commit()
-    certificate = Certificate(layout.kind, **vars(record))
+    target = fingerprint(layout, ModuleWeights(model))
+    certificate = Certificate(layout.kind, **vars(record), source=source, target=target)
     if before is not None and inputs is not None:
         sizes = f"{tuple(inputs.shape)} token ids" if isinstance(inputs, Tensor) else "the inputs given"
         after = outputs(model, inputs, shifted)

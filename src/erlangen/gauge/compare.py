@@ -32,7 +32,7 @@ _MEANING = re.compile(
     r"rope|rotary|scal|_act|activation|eps|softcap|sliding|window|layer_types|multiplier|position_embedding|causal"
     r"|num_experts_per_tok|norm_topk|topk|is_decoder|attn_reorder|residual"
 )
-_NO_MEANING = re.compile(r"initializer|_dropout|router_aux|upcast|max_window_layers")
+_NO_MEANING = re.compile(r"initializer|_dropout|router_aux|upcast|max_window_layers|^max_position_embeddings$")
 
 Progress = Callable[[int, int], None]
 

@@ -277,7 +277,7 @@ class _Counter:
         seen = self.seen if out_norm is None else self.layout.dim - (out_norm.kind == "layer")
         self.add("value_output", kv_heads * _pair(width, kv_in, heads.group_size * seen))
         if biased(heads.value):
-            taken = heads.output.bias or (self.joined(layer) and layer.mlp is not None and layer.mlp.down.bias)
+            taken = heads.output.bias or (layer.joined and layer.mlp is not None and layer.mlp.down.bias)
             self.add("value_bias", kv_heads * width if taken else max(0, kv_heads * width - seen))
 
     def latents(self, heads: HeadLayout, stream: int) -> tuple[int, int]:
@@ -317,12 +317,8 @@ class _Counter:
         if unseen:
             self.add("centring_writes", len(projection.starts) * projection.width + projection.bias)
 
-    def joined(self, layer: Layer) -> bool:
-        """Whether the branches of a layer are added up before anything reads the sum."""
-        return layer.parallel and layer.attention_out_norm is None and layer.mlp_out_norm is None
-
     def parallel_biases(self, layer: Layer) -> None:
-        if self.joined(layer) and layer.mlp is not None and layer.attention.output.bias and layer.mlp.down.bias:
+        if layer.joined_biases is not None:
             self.add("shifts", self.seen)
 
     # --- the whole ---

@@ -322,6 +322,17 @@ class Layer:
     mlp_sum_norm: Norm | None = None
     parallel: bool = False
 
+    @property
+    def joined(self) -> bool:
+        """Whether what the branches write is added up before anything reads it."""
+        return self.parallel and self.attention_out_norm is None and self.mlp_out_norm is None
+
+    @property
+    def joined_biases(self) -> tuple[str, str] | None:
+        """Names of the output biases of attention and of the feed-forward layer, where only their sum counts."""
+        output, down = self.attention.output.bias_name, None if self.mlp is None else self.mlp.down.bias_name
+        return (output, down) if self.joined and output is not None and down is not None else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLayout:

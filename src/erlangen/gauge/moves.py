@@ -454,6 +454,11 @@ def move(
             divided = unfolds[fold].stream_scale if fold.kind == "after" else scale if out is None else 1.0
             treat(layer, weights, unfolds[fold], Writing(centred, frame, divided), random, permute)
             out_norm_in_frame(out, weights, frame, scale)
+        if layer.joined_biases is not None:
+            output, down = layer.joined_biases
+            added = random.normal(dim) * weights[layer.attention.output.weight].double().square().mean().sqrt()
+            weights[output] = weights[output].double() + added
+            weights[down] = weights[down].double() - added
         for unfold in unfolds.values():
             if unfold.reading.fold.kind != "kept" or not frame.same:
                 unfold.store(weights)

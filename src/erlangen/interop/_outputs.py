@@ -32,7 +32,7 @@ class Rows(Protocol):
 
 
 @contextmanager
-def _without_weights() -> Iterator[None]:
+def without_weights() -> Iterator[None]:
     """Parameters that are made in this context have no numbers; buffers have theirs."""
     register = nn.Module.register_parameter
 
@@ -61,7 +61,7 @@ def _build(folder: Path) -> nn.Module:
     if cls is None:
         raise Unreadable(f"transformers {transformers.__version__} has no {architecture}")
     config._attn_implementation = config._experts_implementation = "eager"
-    with _without_weights():
+    with without_weights():
         model = cls.from_config(config) if architecture == "AutoModel" else cls(config)
     return model.eval()
 
@@ -174,7 +174,13 @@ def generated_inputs(config: Mapping[str, Any], vocab_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def outputs(weights: Rows, folder: Path, inputs: Tensor | Mapping[str, Any], dtype: torch.dtype) -> Tensor:
+def outputs(
+    weights: Rows,
+    folder: Path,
+    inputs: Tensor | Mapping[str, Any],
+    dtype: torch.dtype,
+    build: Callable[[Path], nn.Module] | None = None,
+) -> Tensor:
     """Logits [B, N, vocab_size] in float64; of a model without, its last hidden states [B, N, dim].
 
     Args:
@@ -182,12 +188,13 @@ def outputs(weights: Rows, folder: Path, inputs: Tensor | Mapping[str, Any], dty
         folder: where its ``config.json`` is.
         inputs: int64 token ids [B, N], or keyword arguments of the model.
         dtype: in which the model computes.
+        build: makes the model without weights from the folder; None: the class that its config names.
 
     Raises:
         ImportError: transformers is not installed.
         Unreadable: transformers knows no such model, or other names of its tensors.
     """
-    model = _build(folder)
+    model = (_build if build is None else build)(folder)
     sources = _sources(model, weights)
     if any(name not in sources for name, _ in model.named_parameters()):
         base: Any = getattr(model, str(model.base_model_prefix), model)

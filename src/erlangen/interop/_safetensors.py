@@ -8,7 +8,7 @@ their places as they become ready. Plain reads and writes, not a memory map, so 
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -172,6 +172,22 @@ def write(path: Path, entry: Entry, tensor: Tensor) -> None:
         _write(file, data)
 
 
+def _header(
+    places: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, Entry]]:
+    """The header of tensors that lie one behind the other, name -> dtype, shape and bytes; and their entries."""
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    place = 0
+    for name, (dtype, shape, length) in places.items():
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + length]}
+        place += length
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    entries = {name: _entry(name, table[name], len(header)) for name in places}
+    return header, entries
+
+
 def create(path: Path, source: TensorFile, added: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> TensorFile:
     """A new file with the header of another, byte for byte unless tensors are added at its end; its tensors are zero.
 
@@ -180,19 +196,9 @@ def create(path: Path, source: TensorFile, added: Mapping[str, tuple[torch.dtype
     """
     header, entries = source.header, dict(source.entries)
     if added:
-        shift = len(header)
-        table: dict[str, Any] = {"__metadata__": dict(source.metadata)} if source.metadata else {}
         places = {name: (entry.dtype, entry.shape, entry.stop - entry.start) for name, entry in entries.items()}
         places |= {name: (_NAMES[d], tuple(s), d.itemsize * prod(s)) for name, (d, s) in added.items()}
-        place = 0
-        for name, (dtype, shape, length) in places.items():
-            table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [place, place + length]}
-            place += length
-        text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        header = len(text).to_bytes(8, "little") + text
-        shift = len(header)
-        entries = {name: _entry(name, fields, shift) for name, fields in table.items() if name != "__metadata__"}
+        header, entries = _header(places, source.metadata)
     with path.open("xb") as file:
         file.write(header)
         file.truncate(max([len(header), *(entry.stop for entry in entries.values())]))
@@ -213,6 +219,83 @@ def copy(source: TensorFile, target: TensorFile, names: Iterable[str]) -> None:
                     raise ValueError(f"{source.path} became shorter while it was copied")
                 _write(writing, buffer[:number])
                 rest -= number
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a file by name, each read when it is asked for; nothing of them stays in memory."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self.file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        return read(self.file.path, self.file.entries[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file.entries)
+
+    def __len__(self) -> int:
+        return len(self.file.entries)
+
+    def __repr__(self) -> str:
+        return f"Tensors({str(self.file.path)!r}, {len(self)} tensors)"
+
+
+class Spool(MutableMapping[str, Tensor]):
+    """Tensors by name that go to the disk as they are set, and are read from there.
+
+    The header of a file lists all its tensors and stands in front of them, so they wait in a file of their own until
+    `save`.
+
+    Args:
+        path: of that file; `save` removes it.
+
+    Raises:
+        FileExistsError: it is there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.open("xb").close()
+        self._path, self._entries, self._size = path, dict[str, Entry](), 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.rows(name)
+
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows of a tensor (of its first dimension), without the others being read."""
+        return read(self._path, self._entries[name], first, last)
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        dtype, shape, entry = _NAMES[tensor.dtype], tuple(tensor.shape), self._entries.get(name)
+        if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
+            entry = Entry(dtype, shape, self._size, self._size + tensor.dtype.itemsize * tensor.numel())
+            self._size = entry.stop
+        write(self._path, entry, tensor.detach().cpu())
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def save(self, path: Path) -> TensorFile:
+        """Make a file of all tensors, and remove their own; nothing is set or read here after that.
+
+        Raises:
+            FileExistsError: it is there.
+        """
+        places = {name: (entry.dtype, entry.shape, entry.stop - entry.start) for name, entry in self._entries.items()}
+        header, entries = _header(places, {"format": "pt"})
+        with path.open("xb") as file:
+            file.write(header)
+            file.truncate(max([len(header), *(entry.stop for entry in entries.values())]))
+        saved = TensorFile(path, header, {"format": "pt"}, entries)
+        copy(TensorFile(self._path, b"", {}, self._entries), saved, entries)
+        self._path.unlink()
+        return saved
 
 
 def to_disk(paths: Iterable[Path]) -> None:

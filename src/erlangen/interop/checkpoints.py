@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from erlangen.gauge._fingerprint import fingerprint
 from erlangen.gauge._fold import plan
 from erlangen.gauge.canonical import canonical_form, compared
 from erlangen.gauge.certificate import Certificate
-from erlangen.gauge.layout import HeadLayout, ModelLayout, Norm, Projection
 
 from . import _outputs
 from . import _safetensors as files
@@ -54,74 +53,8 @@ _COPIES = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight
 _COPIED_BIAS = ("cls.predictions.bias", "cls.predictions.decoder.bias")
 
 
-# --- what a layout says of tensors ------------------------------------------------------------------------------------
-
-
-def tensor_shapes(layout: ModelLayout) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a layout speaks of, as they are stored."""
-    maps: dict[str, tuple[int, int, Projection]] = {}  # path -> outputs, inputs
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def add(projection: Projection | None, other: int) -> None:
-        """A projection of a map with so many inputs (outputs, where the slices are of inputs)."""
-        if projection is not None:
-            size = max(projection.starts) + projection.width
-            rows, columns = (size, other) if projection.side == "out" else (other, size)
-            before = maps.get(projection.path, (0, 0, projection))
-            maps[projection.path] = (max(rows, before[0]), max(columns, before[1]), projection)
-
-    def add_norm(norm: Norm | None, width: int) -> None:
-        if norm is not None:
-            shapes.update({name: (width,) for name in (norm.weight, norm.bias_name) if name is not None})
-
-    def add_heads(heads: HeadLayout) -> None:
-        latent = heads.latent
-        if latent is None:
-            add(heads.query, layout.dim)
-            add(heads.key, layout.dim)
-            add(heads.value, layout.dim)
-        else:
-            query_width = layout.dim if latent.query_latent is None else latent.query_latent.width
-            add(latent.query_latent, layout.dim)
-            add_norm(latent.query_norm, query_width)
-            add(latent.kv_latent, layout.dim)
-            add(latent.rotary_key, layout.dim)
-            add_norm(latent.kv_norm, latent.kv_latent.width)
-            add(heads.query, query_width)
-            add(latent.rotary_query, query_width)
-            add(heads.key, latent.kv_latent.width)
-            add(heads.value, latent.kv_latent.width)
-        add(heads.output, layout.dim)
-        if isinstance(heads.qk_norm, tuple):
-            per_head = heads.qk_norm_over == "head"
-            for norm, number in zip(heads.qk_norm, (heads.num_heads, heads.num_kv_heads)):
-                add_norm(norm, heads.head_dim * (1 if per_head else number))
-
-    shapes[layout.token_embedding] = (layout.vocab_size, layout.dim)
-    shapes.update({name: (rows, layout.dim) for name, rows in layout.other_embeddings.items()})
-    add_norm(layout.embedding_norm, layout.dim)
-    for layer in layout.layers:
-        add_heads(layer.attention)
-        if layer.mlp is not None:
-            for projection in (layer.mlp.gate, layer.mlp.up, layer.mlp.down):
-                add(projection, layout.dim)
-            if layer.mlp.slope is not None:
-                shapes[layer.mlp.slope] = (layer.mlp.up.width,)
-        for norm in (
-            layer.attention_norm, layer.mlp_norm, layer.attention_out_norm, layer.mlp_out_norm,
-            layer.attention_sum_norm, layer.mlp_sum_norm,
-        ):  # fmt: skip
-            add_norm(norm, layout.dim)
-    add_norm(layout.final_norm, layout.dim)
-    add(layout.unembedding, layout.dim)
-    for rows, columns, projection in maps.values():
-        shapes[projection.weight] = (columns, rows) if projection.transposed else (rows, columns)
-        if projection.bias_name is not None:
-            shapes[projection.bias_name] = (rows,)
-    return shapes
-
-
-def _named(names: list[str]) -> str:
+def named(names: list[str]) -> str:
+    """Some of the names, and how many more there are."""
     rest = len(names) - 3
     return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -171,6 +104,11 @@ class Checkpoint:
         """Names of all its tensors, in the order in which they are stored."""
         return list(self._places)
 
+    def names_once(self) -> list[str]:
+        """Those of them that hold weights of their own: no buffers, and no second copies of a tensor."""
+        copies = set(self._copies.values())
+        return [name for name in self._places if name not in copies and not _BUFFERS.search(name)]
+
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
@@ -203,7 +141,7 @@ class Checkpoint:
 
     def _check(self) -> dict[str, str]:
         """Compare the tensors with the layout; returns the copies of tensors, name -> name of the copy."""
-        expected = tensor_shapes(self.layout)
+        expected = self.layout.tensor_shapes()
         there = f"{self.folder} does not hold the {self.layout.kind} model that its {CONFIG} describes"
         quantised = [name for name in self._places if _QUANTISED.search(name)]
         quantised += [
@@ -214,12 +152,12 @@ class Checkpoint:
         if quantised:
             dtype = self._entry(quantised[0])[1].dtype
             raise ValueError(
-                f"{self.folder} holds quantised weights ({_named(quantised)}; {dtype}): their steps leave no room for "
+                f"{self.folder} holds quantised weights ({named(quantised)}; {dtype}): their steps leave no room for "
                 "an exact change of basis: dequantise the model first, into float32 or bfloat16"
             )
         missing = [name for name in expected if name not in self._places]
         if missing:
-            raise ValueError(f"{there}: {_named(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+            raise ValueError(f"{there}: {named(missing)} {'is' if len(missing) == 1 else 'are'} missing")
         for name, shape in expected.items():
             if self.shape(name) != shape:
                 raise ValueError(
@@ -234,7 +172,7 @@ class Checkpoint:
         rest += [name for name in self._places if "cls.predictions.transform" in name and not self._has_decoder()]
         if rest:
             raise ValueError(
-                f"{there}: it also holds {_named(rest)}, whose part in the model is not known: take "
+                f"{there}: it also holds {named(rest)}, whose part in the model is not known: take "
                 f"{'it' if len(rest) == 1 else 'them'} out, or correct the config"
             )
         return copies
@@ -276,7 +214,7 @@ class Checkpoint:
 
     def heads(self) -> list[str]:
         """Tensors of poolers and classifiers, which read the last hidden states; no layout speaks of them."""
-        known = tensor_shapes(self.layout)
+        known = self.layout.tensor_shapes()
         return [name for name in self._places if name not in known and _HEADS.search(name)]
 
 
@@ -317,7 +255,7 @@ def _tensor_files(folder: Path) -> list[files.TensorFile]:
     index = folder / INDEX
     if not index.is_file():
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-        found = f"; it has {_named(pickles)}, which is not read because unpickling runs code" if pickles else ""
+        found = f"; it has {named(pickles)}, which is not read because unpickling runs code" if pickles else ""
         raise ValueError(
             f"{folder} has no {SINGLE} and no {INDEX}{found}. Convert it where you trust it: "
             "transformers.AutoModel.from_pretrained(folder).save_pretrained(new_folder)"
@@ -328,19 +266,17 @@ def _tensor_files(folder: Path) -> list[files.TensorFile]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged: it must be JSON with a weight_map, name -> file") from error
     if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-        raise ValueError(
-            f"{index} must name files that lie beside it, received {_named([str(name) for name in names])}"
-        )
+        raise ValueError(f"{index} must name files that lie beside it, received {named([str(name) for name in names])}")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise ValueError(f"{index} names {_named(absent)}, which {folder} does not hold: get the missing files")
+        raise ValueError(f"{index} names {named(absent)}, which {folder} does not hold: get the missing files")
     shards = [files.open_file(folder / name) for name in names]
     for shard in shards:
         said = {name for name, file in places.items() if file == shard.path.name}
         wrong = sorted(said ^ shard.entries.keys())
         if wrong:
             verb = "does not hold" if wrong[0] in said else "also holds"
-            raise ValueError(f"{index} and {shard.path.name} disagree: the file {verb} {_named(wrong)}")
+            raise ValueError(f"{index} and {shard.path.name} disagree: the file {verb} {named(wrong)}")
     return shards
 
 
@@ -438,14 +374,41 @@ def rewriting(
 ) -> Iterator[FolderWeights]:
     """Make another folder from a checkpoint; in the context its tensors are changed, after it the folder is there.
 
+    Args:
+        checkpoint: that is read, and stays as it is.
+        output: the new folder.
+        added: new tensors, as in `FolderWeights`.
+        config: keys of ``config.json`` that get another value.
+
+    Raises:
+        OSError, ValueError: as of `new_folder`.
+    """
+    more = sum(checkpoint.num_bytes(name) for name in (added or {}).values())
+    with new_folder(checkpoint, output, more_bytes=more) as aside:
+        if config:
+            text = json.dumps({**checkpoint.config, **config}, indent=2, ensure_ascii=False) + "\n"
+            (aside / CONFIG).write_text(text, encoding="utf-8")
+        weights = FolderWeights(checkpoint, aside, added)
+        if checkpoint._files[0].path.name != SINGLE:
+            _write_index(checkpoint, weights)
+        yield weights
+        weights.finish()
+
+
+@contextmanager
+def new_folder(checkpoint: Checkpoint, output: str | Path, *, more_bytes: int = 0) -> Iterator[Path]:
+    """Make a folder beside a checkpoint; in the context it is filled, after it it is there.
+
     All files that hold no weights are carried along, and so are the folders that ``modules.json`` of
     sentence-transformers names. If the context is left by an error or Ctrl-C, nothing is left behind.
 
     Args:
         checkpoint: that is read, and stays as it is.
         output: the new folder.
-        added: new tensors, as in `FolderWeights`.
-        config: keys of ``config.json`` that get another value.
+        more_bytes: that it needs, beside as many as the checkpoint has.
+
+    Yields:
+        Where it is, until it is renamed.
 
     Raises:
         FileExistsError: the output exists, or another process is writing it.
@@ -460,7 +423,7 @@ def rewriting(
     carried, _ = other_files(checkpoint.folder)
     needed = sum((source / name).stat().st_size for name in carried)
     needed += sum(file.path.stat().st_size for file in checkpoint._files)
-    needed += sum(checkpoint.num_bytes(name) for name in (added or {}).values())
+    needed += more_bytes
     free = shutil.disk_usage(next(parent for parent in output.resolve().parents if parent.exists())).free
     if free < needed:
         raise OSError(
@@ -478,14 +441,7 @@ def rewriting(
         for name in carried:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, aside / name)
-        if config:
-            text = json.dumps({**checkpoint.config, **config}, indent=2, ensure_ascii=False) + "\n"
-            (aside / CONFIG).write_text(text, encoding="utf-8")
-        weights = FolderWeights(checkpoint, aside, added)
-        if checkpoint._files[0].path.name != SINGLE:
-            _write_index(checkpoint, weights)
-        yield weights
-        weights.finish()
+        yield aside
         files.to_disk([*aside.rglob("*"), aside])
         if output.exists():
             raise FileExistsError(f"{output} has come into being meanwhile: choose another folder")
@@ -554,7 +510,8 @@ def canonicalize_folder(
 
     Beside the weights, ``gauge.json`` holds the certificate and ``gauge.safetensors`` its transforms. Outputs are
     compared with transformers, if it is installed: both checkpoints are run a map at a time, so that neither has to fit
-    into memory; where it is not, or knows no such model, the certificate says so in `Certificate.checked`.
+    into memory; where it is not, or knows no such model, the certificate says so in `Certificate.checked`. The factors
+    go to the disk layer by layer, and `Certificate.transforms` reads each from there when it is asked for.
 
     Args:
         folder: holds ``config.json`` and ``model.safetensors``, or shards and their index. It stays as it is.
@@ -580,7 +537,7 @@ def canonicalize_folder(
         added = {layout.unembedding.weight: layout.token_embedding}
     heads = checkpoint.heads()
     if residual and heads:
-        raise ValueError(f"the frame of the residual stream is not free: {_named(heads)} of {folder} read it")
+        raise ValueError(f"the frame of the residual stream is not free: {named(heads)} of {folder} read it")
     num_steps = len(layout.layers) + 2 * check * len(_outputs.DTYPES)
     done = 0
 
@@ -610,18 +567,22 @@ def canonicalize_folder(
                 if inputs is not None:
                     raise ValueError(f"the model in {folder} does not take these inputs ({error})") from error
                 reason += f": {error}"
-        record = canonical_form(layout, weights, order=order, residual=residual, logit_shift=logit_shift, progress=step)
+        factors = files.Spool(weights.folder / f"{TRANSFORMS}{WRITING}")
+        record = canonical_form(
+            layout, weights, order=order, residual=residual, logit_shift=logit_shift, transforms=factors, progress=step
+        )
         weights.finish()
         certificate = Certificate(layout.kind, checked=reason, **vars(record))
+        certificate.source = fingerprint(checkpoint.layout, checkpoint)
+        certificate.target = fingerprint(layout, weights)
         _, left = other_files(checkpoint.folder)
         if left:
-            certificate.folded.append(
-                f"Left behind, for they hold other weights or states of training: {_named(left)}."
-            )
+            certificate.folded.append(f"Left behind, for they hold other weights or states of training: {named(left)}.")
         if before is not None:
             sizes = f"{list(given.shape)} token ids" if isinstance(given, Tensor) else "the inputs given"
             for name, value in compared(before, run(weights), sizes).items():
                 setattr(certificate, name, value)
         (weights.folder / RECORD).write_text(certificate.to_json() + "\n", encoding="utf-8")
-        save_file(certificate.transforms, weights.folder / TRANSFORMS, {"format": "pt"})
+        factors.save(weights.folder / TRANSFORMS)
+    certificate.transforms = files.Tensors(files.open_file(Path(output) / TRANSFORMS))
     return certificate

@@ -24,6 +24,8 @@ from erlangen.gauge import (
     rows,
 )
 
+# How the model_type of shrunk checkpoints begins.
+SHRUNK = "erlangen_shrunk_"
 # The norms of DeepSeek's latents are made without the config's eps.
 _LATENT_EPS = 1e-6
 
@@ -592,6 +594,11 @@ def layout_of_config(
             each other (the key is named), one of quantised weights.
     """
     kind = config.get("model_type")
+    if isinstance(kind, str) and kind.startswith(SHRUNK):
+        raise ValueError(
+            f"a {kind.removeprefix(SHRUNK)} that is shrunk (model_type {kind!r}) has no weights to be moved any more: "
+            "take the checkpoint that it came from"
+        )
     if kind not in _FAMILIES:
         parts = " Its text model alone may be (save that by itself)." if "text_config" in config else ""
         raise ValueError(

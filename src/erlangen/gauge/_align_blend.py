@@ -1,0 +1,316 @@
+"""Between two layers in one form: the mean of what no gauge changes, and the way back into a model's own numbers."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from . import forms
+from ._align_attention import turned
+from ._align_heads import AttentionForm, each_head, stacked, unstacked
+from ._align_mlp import MLPForm, parts_of
+from ._fold import Heads, Reading, attention_maps, latent_readers, stream_readers, unseen_constants
+from ._unfold import Unfold, latent_gain, mean_of
+from ._weights import ReadWeights
+from .layout import HeadLayout, Layer
+
+
+def mean_product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Tensor]:
+    """The balanced factors of the best product of the same width to a mean of two products.
+
+    (1 − t) A₁ᵀ A₂ + t B₁ᵀ B₂ is a product of width 2 k; it is cut to its k largest singular values, which no product of
+    that width comes nearer to (Eckart and Young). No matrix as wide as the model is formed.
+
+    Args:
+        first: A₁ and B₁, [heads, k, columns]; complex where a product is of first ᵀ and the conjugate of second.
+        second: A₂ and B₂, [heads, k, other columns].
+        weight: t, from 0 to 1.
+    """
+    factors = []
+    for a, b in (first, second):
+        both = torch.cat([(1 - weight) ** 0.5 * a, weight**0.5 * b], dim=-2)
+        missing = both.shape[-2] - both.shape[-1]
+        factors.append((torch.nn.functional.pad(both, (0, max(missing, 0))), both.shape[-1]))
+    (q_first, r_first), (q_second, r_second) = (torch.linalg.qr(both.mT) for both, _ in factors)
+    u, values, vh = torch.linalg.svd(r_first @ r_second.mH)
+    width = first[0].shape[-2]
+    root = values[..., :width].sqrt()[..., None]
+    new = (
+        root * (q_first @ u[..., :width]).mT[..., : factors[0][1]],
+        root * (q_second @ vh.mH[..., :width]).mT[..., : factors[1][1]],
+    )
+    return new
+
+
+def _turned_products(attention: HeadLayout, a: AttentionForm, b: AttentionForm, weight: float) -> dict[str, Tensor]:
+    groups, number, rotated = attention.num_kv_heads, attention.num_heads, attention.rotary_dim
+    query = [stacked(form.heads["query"], groups) for form in (a, b)]
+    key = [form.heads["key"] for form in (a, b)]
+    new_query, new_key = torch.empty_like(query[0]), torch.empty_like(key[0])
+    if rotated:
+        assert attention.rotary is not None
+        planes = attention.rotary.planes()
+        one, two = ((rows[0][:, :rotated], rows[1][:, :rotated]) for rows in (query, key))
+        new_query[:, :rotated], new_key[:, :rotated] = _mean_of_planes(one, two, planes, weight)
+    if rotated < attention.head_dim:
+        one, two = ((rows[0][:, rotated:], rows[1][:, rotated:]) for rows in (query, key))
+        new_query[:, rotated:], new_key[:, rotated:] = mean_product(one, two, weight)
+    return {"query": unstacked(new_query, groups, number), "key": new_key}
+
+
+def _mean_of_planes(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], planes: Tensor, weight: float
+) -> tuple[Tensor, Tensor]:
+    """`mean_product` of every plane by itself."""
+
+    def plane_rows(rows: Tensor) -> Tensor:
+        return forms.to_planes(rows, planes)[..., None, :]
+
+    one, two = ((plane_rows(rows[0]), plane_rows(rows[1])) for rows in (first, second))
+    new = mean_product(one, two, weight)
+    return forms.from_planes(new[0][..., 0, :], planes), forms.from_planes(new[1][..., 0, :], planes)
+
+
+def blend_attention(a: AttentionForm, b: AttentionForm, weight: float, using: str) -> AttentionForm:
+    """Between the attention of a and that of b, which is matched with it and in its frame.
+
+    Args:
+        weight: of b, from 0 to 1.
+        using: in the full gauge products are averaged and cut to the width of a head; otherwise the factors are.
+    """
+    if weight == 1:
+        return replace(a, heads=b.heads, output_bias=b.output_bias, gains=b.gains)
+
+    def between(x: Tensor, y: Tensor) -> Tensor:
+        return (1 - weight) * x + weight * y
+
+    attention = a.attention
+    heads = {name: between(rows, b.heads[name]) for name, rows in a.heads.items()}
+    bias = None if a.output_bias is None or b.output_bias is None else between(a.output_bias, b.output_bias)
+    gains = None
+    if a.gains is not None and b.gains is not None:
+        gains = between(a.gains[0], b.gains[0]), between(a.gains[1], b.gains[1])
+    if using != "gauge":
+        return replace(a, heads=heads, output_bias=bias, gains=gains)
+    groups, number = attention.num_kv_heads, attention.num_heads
+    if attention.qk_norm is False:
+        heads |= _turned_products(attention, a, b, weight)
+    if attention.latent is not None:
+        query = stacked(a.heads["rotary_query"], 1), stacked(b.heads["rotary_query"], 1)
+        key = a.heads["rotary_key"], b.heads["rotary_key"]
+        first, second = _mean_of_planes(query, key, attention.latent.rotary.planes(), weight)
+        heads |= {"rotary_query": unstacked(first, 1, number), "rotary_key": second}
+    outputs, values = (a.heads["output"], b.heads["output"]), (a.heads["value"], b.heads["value"])
+    one, two = mean_product(values, (stacked(outputs[0], groups), stacked(outputs[1], groups)), weight)
+    heads |= {"value": one, "output": unstacked(two, groups, number)}
+    new = replace(a, heads=heads, output_bias=bias, gains=gains)
+    latents = {name: torch.eye(heads[name].shape[1], dtype=torch.float64) for name in latent_readers(attention)}
+    return new.moved_by(turned(a, new, torch.arange(number), latents))
+
+
+def blend_mlp(a: MLPForm, b: MLPForm, weight: float) -> MLPForm:
+    """Between a feed-forward layer and another that is matched with it: the mean of every row."""
+
+    def between(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        return None if x is None or y is None else y if weight == 1 else (1 - weight) * x + weight * y
+
+    rows = {name: between(values, b.rows[name]) for name, values in a.rows.items()}
+    return replace(
+        a,
+        rows={name: values for name, values in rows.items() if values is not None},
+        slope=between(a.slope, b.slope),
+        down_bias=between(a.down_bias, b.down_bias),
+    )
+
+
+# --- the way back -----------------------------------------------------------------------------------------------------
+
+
+def _own_constants(attention: HeadLayout, own: Heads, reading: Reading, unfold: Unfold, name: str) -> Tensor | None:
+    """[slices, width]: what a map of the model gives to a constant input."""
+    rows = own.weights[name]
+    constant = own.biases.get(name)
+    if name not in stream_readers(attention):
+        return constant
+    if unfold.fold.ones and reading.bias is not None:
+        return rows @ reading.bias
+    added = unfold.constant(rows)
+    return constant if added is None or constant is None else constant + added
+
+
+def attention_tensors(
+    layer: Layer,
+    own: ReadWeights,
+    a: AttentionForm,
+    new: AttentionForm,
+    reading: Reading,
+    unfold: Unfold,
+    scale: float,
+    centred: bool,
+    using: str,
+    notes: list[str],
+) -> tuple[dict[str, Tensor], Tensor | None, Unfold]:
+    """The stored tensors of a layer's attention.
+
+    Args:
+        layer: of the model.
+        own: the weights, in float64, into whose gauge they go.
+        a: their form.
+        new: what is stored, in the same form and order.
+        reading, unfold: the norm that is read, of the same weights.
+        scale: of the residual stream.
+        centred: what is written counts only up to its mean.
+        using: see `AttentionForm.of`.
+        notes: hears what cannot be put back.
+
+    Returns:
+        Name -> tensor; what the values give to a constant input now, [G, V], where that was chosen freely; and the norm
+        as it is put back.
+    """
+    attention, raw = layer.attention, Heads.read(own, layer.attention)
+    heads = Heads({}, {})
+    for name, rows in new.heads.items():
+        rows = each_head(a.back[name], len(rows)) @ rows
+        if name in new.biased:
+            rows, heads.biases[name] = rows[..., :-1], rows[..., -1]
+        heads.weights[name] = rows
+    tensors: dict[str, Tensor] = {}
+    if new.gains is not None and a.gain_left is not None and isinstance(attention.qk_norm, tuple):
+        for norm, gain, left in zip(attention.qk_norm, new.gains, a.gain_left):
+            assert norm.weight is not None
+            tensors[norm.weight] = (gain / left).flatten() - norm.offset
+    output_bias = new.output_bias
+    chosen = None
+    if using != "permutation":
+        size = a.size * scale
+        heads.weights["output"] = heads.weights["output"] * size
+        output_bias = None if output_bias is None else output_bias * size
+        for norm, readers in latent_readers(attention).values():
+            gain = latent_gain(own, norm, notes)
+            if gain is not None:
+                heads.weights |= {reader: heads.weights[reader] / gain for reader in readers}
+            if norm.weight is not None:
+                width = heads.weights[readers[0]].shape[-1]
+                tensors[norm.weight] = (torch.ones(width).double() if gain is None else gain) - norm.offset
+        chosen, unfold = _unfold_readers(attention, raw, heads, reading, unfold, output_bias is not None, centred)
+        if output_bias is not None:
+            if chosen is not None:
+                by_query = chosen.repeat_interleave(attention.group_size, dim=0)
+                output_bias = output_bias - torch.einsum("hv,hvd->d", by_query, heads.weights["output"])
+            if unfold.fold.kind == "after" and unfold.bias is not None:
+                output_bias = output_bias - unfold.bias
+            output_bias = output_bias - output_bias.mean() if centred else output_bias
+            output_bias = mean_of(output_bias, raw.biases["output"], centred)
+        heads.weights["output"] = mean_of(heads.weights["output"], raw.weights["output"], centred)
+    if output_bias is not None:
+        heads.biases["output"] = output_bias
+    for part in attention_maps(attention).values():
+        for name in (part.weight, part.bias_name):
+            if name is not None and name not in tensors:
+                tensors[name] = own[name].clone()
+    heads.put(tensors, attention)
+    return tensors, chosen, unfold
+
+
+def _unfold_readers(
+    attention: HeadLayout,
+    raw: Heads,
+    heads: Heads,
+    reading: Reading,
+    unfold: Unfold,
+    movable: bool,
+    centred: bool,
+) -> tuple[Tensor | None, Unfold]:
+    """Put the norm back into the maps that read it, in place, with constants where the model has them.
+
+    Returns:
+        What the values give to a constant input, [G, V], where that could be chosen; and the norm as it is put back.
+    """
+    groups, rotated, ones = attention.num_kv_heads, attention.rotary_dim, unfold.fold.ones and attention.latent is None
+    ones = ones and reading.bias is not None
+    wanted: dict[str, Tensor] = {}
+    for name in ("key", "value"):
+        if ones:
+            wanted[name] = heads.weights[name].sum(dim=-1)
+        elif name in heads.biases:
+            wanted[name] = heads.biases[name]
+    own = {name: _own_constants(attention, raw, reading, unfold, name) for name in wanted}
+    free_keys = attention.qk_norm is False and attention.soft_cap is None and rotated < attention.head_dim
+    if free_keys and "key" in wanted and own["key"] is not None:
+        wanted["key"] = torch.cat([wanted["key"][:, :rotated], own["key"][:, rotated:]], dim=1)
+    chosen = None
+    if "value" in wanted and own["value"] is not None:
+        if movable:
+            chosen = wanted["value"] = own["value"]
+        else:
+            unseen = unseen_constants(heads.weights["output"], groups, centred)
+            if unseen is not None:
+                off = (own["value"] - wanted["value"]).flatten()
+                chosen = wanted["value"] = wanted["value"] + ((unseen @ off) @ unseen).view_as(own["value"])
+    pieces = {
+        name: (heads.weights[name], raw.weights[name], wanted.get(name) if ones else None)
+        for name in stream_readers(attention)
+    }
+    if not unfold.carries(pieces.values()):
+        unfold = unfold.plain
+    for name, piece in pieces.items():
+        rows = unfold.rows(*piece)
+        constant = unfold.constant(rows)
+        heads.weights[name] = rows
+        if name in heads.biases:
+            total = wanted.get(name, heads.biases[name])
+            heads.biases[name] = total if constant is None else total - constant
+    for name in ("key", "value"):  # readers of a latent, whose constants are their biases
+        if name not in stream_readers(attention) and name in heads.biases:
+            heads.biases[name] = wanted[name]
+    return chosen, unfold
+
+
+def mlp_tensors(
+    layer: Layer, own: ReadWeights, a: MLPForm, new: MLPForm, unfold: Unfold, scale: float, centred: bool, using: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Unfold]:
+    """The stored tensors of a feed-forward layer, the factors [features] with which they went back, and the norm.
+
+    Arguments as of `attention_tensors`.
+    """
+    mlp = layer.mlp
+    assert mlp is not None
+    factors, slope = a.back(new.slope)
+    tensors: dict[str, Tensor] = {}
+    if unfold.fold.ones and using != "permutation":
+        pieces = [
+            (new.rows[name] * factors[name][:, None], part.heads(own[part.weight])[0], None)
+            for name, part in parts_of(mlp).items()
+            if name != "down"
+        ]
+        unfold = unfold if unfold.carries(pieces) else unfold.plain
+    for name, part in parts_of(mlp).items():
+        for tensor in (part.weight, part.bias_name):
+            if tensor is not None and tensor not in tensors:
+                tensors[tensor] = own[tensor].clone()
+        rows, bias = new.rows[name] * factors[name][:, None], None
+        raw = part.heads(own[part.weight])[0]
+        if name in new.biased:
+            rows, bias = rows[:, :-1], rows[:, -1]
+        if using != "permutation":
+            if name == "down":
+                rows = mean_of(rows * (a.size * scale), raw, centred)
+            else:
+                rows = unfold.rows(rows, raw)
+                constant = unfold.constant(rows)
+                bias = bias if bias is None or constant is None else bias - constant
+        part.put_heads(tensors[part.weight], rows[None])
+        if bias is not None and part.bias_name is not None:
+            part.put_head_biases(tensors[part.bias_name], bias[None])
+    if mlp.down.bias_name is not None and new.down_bias is not None:
+        bias = new.down_bias
+        if using != "permutation":
+            bias = bias * (a.size * scale)
+            if unfold.fold.kind == "after" and unfold.bias is not None:
+                bias = bias - unfold.bias
+            bias = bias - bias.mean() if centred else bias
+            bias = mean_of(bias, own[mlp.down.bias_name], centred)
+        tensors[mlp.down.bias_name] = bias
+    if mlp.slope is not None and slope is not None:
+        tensors[mlp.slope] = slope
+    return tensors, factors, unfold

@@ -1,0 +1,193 @@
+"""One of two models that are brought together: its weights as they are read, folded, in form."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ._align_heads import AttentionForm
+from ._align_mlp import MLPForm
+from ._canonical_record import chunks, finite
+from ._canonical_residual import Embeddings, embeddings_of, residual_scale
+from ._fold import Fold, Frame, Plan, Reading, Writing, attention_maps, plan
+from ._unfold import mean_of
+from ._weights import ReadWeights
+from .layout import Layer, ModelLayout, Projection
+
+Using = Literal["gauge", "orthogonal", "permutation", "none"]
+USING: tuple[Using, ...] = ("gauge", "orthogonal", "permutation", "none")
+Progress = Callable[[int, int], None]
+
+
+class _OnCPU:
+    """Weights on the CPU as they are stored; ``double``: in float64.
+
+    Raises:
+        ValueError: a tensor holds numbers that are not finite.
+    """
+
+    def __init__(self, weights: ReadWeights, double: bool) -> None:
+        self._weights, self._double = weights, double
+        self._last: tuple[str, Tensor] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._weights[name].detach().cpu()
+        return finite(tensor, name).double() if self._double else tensor
+
+    def rows(self, name: str, part: slice) -> Tensor:
+        """Rows of a matrix as they are stored; of a file, only these are read."""
+        read = getattr(self._weights, "rows", None)
+        if read is not None:
+            found = read(name, part.start, part.stop)
+        else:
+            if self._last is None or self._last[0] != name:
+                self._last = name, self._weights[name].detach()
+            found = self._last[1][part]
+        return finite(found.detach().cpu(), name)
+
+    def shape(self, name: str) -> torch.Size:
+        return self._weights.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._weights.dtype(name)
+
+
+def steps_of(layout: ModelLayout, using: Using) -> Plan:
+    """What may be folded, and which frames are free: without folding, only orders of coordinates."""
+    steps = plan(layout)
+    if using in ("gauge", "orthogonal"):
+        return steps
+    layers = tuple(
+        replace(step, attention=Fold(step.attention.norm), mlp=Fold(step.mlp.norm), attention_centred=False,
+                mlp_centred=False)
+        for step in steps.layers
+    )  # fmt: skip
+    rotations = steps.rotations
+    if using == "none":
+        rotations = "none"
+    elif rotations in ("all", "mean"):
+        rotations = "signed" if rotations == "all" else "permuted"
+    return replace(
+        steps,
+        layers=layers,
+        final=None if steps.final is None else Fold(steps.final.norm),
+        centred=False,
+        shifts=False,
+        residual_scale=False,
+        embedding_scale=False,
+        rotations=rotations,
+        notes=(),
+    )
+
+
+@dataclass
+class Side:
+    """One of the two models.
+
+    Attributes:
+        layout, steps, using: of both.
+        stored, weights: its tensors on the CPU, as stored and in float64.
+        embeddings: what is added to and taken off its tables.
+        scale, table_scale: of its residual stream, and of its embeddings, divided out.
+    """
+
+    layout: ModelLayout
+    steps: Plan
+    using: Using
+    stored: _OnCPU
+    weights: _OnCPU
+    embeddings: Embeddings
+    scale: float
+    table_scale: float
+
+    @classmethod
+    def of(cls, layout: ModelLayout, weights: ReadWeights, steps: Plan, using: Using) -> "Side":
+        stored = _OnCPU(weights, False)
+        embeddings = embeddings_of(layout, stored, steps)
+        scale = residual_scale(layout, stored, embeddings) if steps.residual_scale else 1.0
+        table_scale = residual_scale(layout, stored, embeddings) if steps.embedding_scale else scale
+        return cls(layout, steps, using, stored, _OnCPU(weights, True), embeddings, scale, table_scale)
+
+    def writing_scale(self, layer: Layer, branch: int, reading: Reading) -> float:
+        """What is divided out of what a branch (0 attention, 1 feed-forward) writes."""
+        if self.using not in ("gauge", "orthogonal"):
+            return 1.0
+        if reading.fold.kind == "after":
+            return reading.scale
+        out_norm = (layer.attention_out_norm, layer.mlp_out_norm)[branch]
+        return self.scale if out_norm is None else 1.0
+
+    def readings(self, number: int) -> tuple[Reading, Reading]:
+        """Of the norms that the two branches of a layer read."""
+        step = self.steps.layers[number]
+        return Reading.of(self.weights, step.attention), Reading.of(self.weights, step.mlp)
+
+    def attention_form(self, number: int) -> AttentionForm:
+        """Of the attention of one layer, in the model's own frame."""
+        layer, step, reading = self.layout.layers[number], self.steps.layers[number], self.readings(number)[0]
+        dtypes = [self.stored.dtype(part.weight) for part in attention_maps(layer.attention).values()]
+        dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        writing = Writing(step.attention_centred, Frame(), self.writing_scale(layer, 0, reading))
+        return AttentionForm.of(layer, self.weights, reading, writing, self.form_using, dtype)
+
+    def mlp_form(self, number: int) -> MLPForm | None:
+        """Of the feed-forward part of one layer, in the model's own frame; None for experts."""
+        layer, step, reading = self.layout.layers[number], self.steps.layers[number], self.readings(number)[1]
+        if layer.mlp is None:
+            return None
+        writing = Writing(step.mlp_centred, Frame(), self.writing_scale(layer, 1, reading))
+        return MLPForm.of(layer, self.weights, reading, writing, self.form_using)
+
+    @property
+    def form_using(self) -> str:
+        """What forms are made for: nothing is folded where nothing is looked for."""
+        return "permutation" if self.using == "none" else self.using
+
+    def table_rows(self, name: str, part: slice) -> Tensor:
+        """Rows of an embedding, in form, in the model's own frame."""
+        embeddings = self.embeddings
+        rows = self.stored.rows(name, part).double()
+        if name == self.layout.token_embedding:
+            return embeddings.token_rows(rows) / self.table_scale
+        mean = embeddings.means.get(name)
+        return embeddings.writing.rows(rows if mean is None else rows - mean) / self.table_scale
+
+    def table_tensor(self, name: str, part: slice, rows: Tensor) -> Tensor:
+        """Rows of an embedding, given in form, as this model stores them."""
+        embeddings, own = self.embeddings, self.stored.rows(name, part).double()
+        token = name == self.layout.token_embedding
+        shift = embeddings.added if token else -embeddings.means.get(name, torch.zeros(()))
+        writing = embeddings.token_writing if token else embeddings.writing
+        return mean_of(rows * self.table_scale, own + shift, writing.centred) - shift
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Names of the embeddings."""
+        return (self.layout.token_embedding, *self.layout.other_embeddings)
+
+    def final_reading(self) -> Reading:
+        """Of what the unembedding reads."""
+        return Reading.of(self.weights, self.steps.final or Fold(None))
+
+
+def pairs_of_rows(a: Side, b: Side, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    for part in chunks(*a.stored.shape(name)):
+        yield a.table_rows(name, part), b.table_rows(name, part)
+
+
+def unembedding_rows(sides: Iterable[Side], unembedding: Projection, part: slice) -> list[tuple[Tensor, Tensor]]:
+    """For each model: raw and folded rows of the map to the logits."""
+    found = []
+    for side in sides:
+        if unembedding.transposed:
+            raw = finite(unembedding.heads(side.stored[unembedding.weight])[0][part], unembedding.weight).double()
+        else:
+            start = unembedding.starts[0]
+            raw = side.stored.rows(unembedding.weight, slice(start + part.start, start + part.stop)).double()
+        found.append((raw, side.final_reading().rows(raw)))
+    return found
