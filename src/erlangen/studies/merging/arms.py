@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,13 @@ from .._jobs import Tick
 from .models import held_out_loss
 
 ARMS = ("naive", "permutation", "orthogonal", "factors", "gauge")
+ALIGNED: dict[str, Literal["none", "permutation", "orthogonal", "gauge"]] = {
+    "naive": "none", "permutation": "permutation", "orthogonal": "orthogonal", "gauge": "gauge",
+}  # fmt: skip
+"""The arms that have an alignment of their own, and what `erlangen.gauge.align` calls it; "factors" has the last."""
+
+Merged = Callable[[float], nn.Module]
+"""The model at a merge weight."""
 
 
 @torch.no_grad()
@@ -27,14 +34,20 @@ def average(first: nn.Module, second: nn.Module, weight: float) -> nn.Module:
     return merged
 
 
-def between(arm: str, first: nn.Module, second: nn.Module) -> tuple[Callable[[float], nn.Module], "gauge.Alignment"]:
-    """What an arm makes of two models at a merge weight, and how it aligned them."""
-    using = {"naive": "none", "factors": "gauge"}.get(arm, arm)
-    alignment = gauge.align(first, second, using=using)
-    if arm in ("naive", "factors"):
-        other = second if arm == "naive" else alignment.model
-        return lambda weight: average(first, other, weight), alignment
-    return alignment.merged, alignment
+def makes(arm: str) -> tuple[str, ...]:
+    """The arms that come of the alignment of one."""
+    return ("factors", "gauge") if arm == "gauge" else (arm,)
+
+
+def between(arm: str, first: nn.Module, second: nn.Module) -> tuple[dict[str, Merged], gauge.Alignment]:
+    """What the arms of one alignment make of two models at a merge weight, and the alignment."""
+    alignment = gauge.align(first, second, using=ALIGNED[arm])
+    found: dict[str, Merged] = {arm: alignment.merged}
+    if arm == "naive":
+        found[arm] = lambda weight: average(first, second, weight)
+    if arm == "gauge":
+        found["factors"] = lambda weight: average(first, alignment.model, weight)
+    return found, alignment
 
 
 def barrier(weights: np.ndarray, losses: np.ndarray) -> float:
@@ -42,38 +55,43 @@ def barrier(weights: np.ndarray, losses: np.ndarray) -> float:
     return float(np.max(losses - ((1 - weights) * losses[0] + weights * losses[-1]), initial=0.0))
 
 
-def measure_path(
+def measure_paths(
     arm: str, first: nn.Module, second: nn.Module, windows: Tensor, points: int, tick: Tick | None = None
-) -> dict[str, Any]:
-    """Merge two models at weights from 0 to 1 and measure each.
+) -> dict[str, dict[str, Any]]:
+    """Merge two models at weights from 0 to 1 and measure each, for the arms of one alignment.
 
     Args:
-        arm: one of `ARMS`.
+        arm: one of `ALIGNED`.
         first, second: of one family.
         windows: held out, int64 [B, T + 1].
         points: how many weights, both ends with them.
-        tick: called after each.
+        tick: called after each loss.
 
     Returns:
-        ``weights`` and ``losses`` [points]; ``barrier``; ``end_error``, by how much the losses at the ends differ from
-        those of the two models; ``distance_before`` and ``distance_after`` of stored numbers, and ``frame``, as in
-        `erlangen.gauge.align`; ``seconds`` of aligning.
+        for each arm that it `makes`: ``weights`` and ``losses`` [points]; ``barrier``; ``end_error``, by how much the
+        losses at the ends differ from those of the two models; ``distance_before`` and ``distance_after`` of stored
+        numbers, and ``frame``, as in `erlangen.gauge.align`; ``seconds`` of aligning.
 
     Raises:
         KeyboardInterrupt: ``tick`` said to stop.
     """
     started = time.perf_counter()
-    at, alignment = between(arm, first, second)
-    seconds = time.perf_counter() - started
-    weights = np.linspace(0.0, 1.0, points)
-    losses = []
-    for done, weight in enumerate(weights, 1):
-        losses.append(held_out_loss(at(float(weight)), windows))
-        if tick is not None and tick(done) and done < points:
-            raise KeyboardInterrupt
-    ends = [abs(losses[at] - held_out_loss(model, windows)) for at, model in ((0, first), (-1, second))]
-    return {
-        "weights": weights.tolist(), "losses": losses, "barrier": barrier(weights, np.array(losses)),
-        "end_error": max(ends), "distance_before": alignment.distance_before,
-        "distance_after": alignment.distance_after, "frame": alignment.frame, "seconds": seconds,
+    merged, alignment = between(arm, first, second)
+    common = {
+        "distance_before": alignment.distance_before, "distance_after": alignment.distance_after,
+        "frame": alignment.frame, "seconds": time.perf_counter() - started,
     }  # fmt: skip
+    ends = np.array([held_out_loss(model, windows) for model in (first, second)])
+    weights = np.linspace(0.0, 1.0, points)
+    records, done = {}, 0
+    for made in makes(arm):
+        losses = []
+        for weight in weights.tolist():
+            losses.append(held_out_loss(merged[made](weight), windows))
+            done += 1
+            if tick is not None and tick(done):
+                raise KeyboardInterrupt
+        error = float(np.abs(np.array(losses)[[0, -1]] - ends).max())
+        found = {"barrier": barrier(weights, np.array(losses)), "end_error": error}
+        records[made] = {"weights": weights.tolist(), "losses": losses, **found, **common}
+    return records

@@ -28,8 +28,7 @@ from .._jobs import Tick
 from .._training import seeded
 
 FAMILIES = ("gpt", "llama")
-DIM, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, CONTEXT = 128, 2, 4, 2, 64
-HIDDEN = {"gpt": 512, "llama": 344}
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, CONTEXT = 2, 4, 2, 64
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.1
 """Of matrices and tables only."""
@@ -69,7 +68,12 @@ def read_text(path: Path | None, windows: int) -> Text:
     return Text(vocabulary, train, validation_windows(held_out, CONTEXT, windows))
 
 
-def build(family: str, vocab_size: int) -> nn.Module:
+def hidden_dim(family: str, dim: int) -> int:
+    """Width of the feed-forward layers: 4 dim, or 8/3 dim up to a multiple of 8 where they are gated."""
+    return 4 * dim if family == "gpt" else -(-8 * dim // 24) * 8
+
+
+def build(family: str, vocab_size: int, dim: int) -> nn.Module:
     """A model of a family, with fresh weights from torch's global generator.
 
     Raises:
@@ -78,14 +82,14 @@ def build(family: str, vocab_size: int) -> nn.Module:
     if family == "gpt":
         return GPT(
             GPTConfig(
-                vocab_size=vocab_size, context_length=CONTEXT, dim=DIM, num_layers=NUM_LAYERS, num_heads=NUM_HEADS,
-                mlp_dim=HIDDEN[family], tie_embeddings=False,
+                vocab_size=vocab_size, context_length=CONTEXT, dim=dim, num_layers=NUM_LAYERS, num_heads=NUM_HEADS,
+                mlp_dim=hidden_dim(family, dim), tie_embeddings=False,
             )
         )  # fmt: skip
     transformers = require("transformers", "hf")
     config = transformers.LlamaConfig(
-        vocab_size=vocab_size, max_position_embeddings=CONTEXT, hidden_size=DIM, num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_KV_HEADS, intermediate_size=HIDDEN[family],
+        vocab_size=vocab_size, max_position_embeddings=CONTEXT, hidden_size=dim, num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_KV_HEADS, intermediate_size=hidden_dim(family, dim),
         tie_word_embeddings=False, use_cache=False, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
@@ -116,13 +120,14 @@ def unigram_loss(text: Text) -> float:
 
 
 def train(
-    family: str, text: Text, *, seed: int, steps: int, batch_size: int, lr: float, tick: Tick | None = None
+    family: str, text: Text, *, dim: int, seed: int, steps: int, batch_size: int, lr: float, tick: Tick | None = None
 ) -> nn.Module:
     """Train a model in float32: AdamW, 5 % warm-up, cosine schedule to zero, gradients clipped to norm 1.
 
     Args:
         family: one of `FAMILIES`.
         text: what to learn.
+        dim: width of the model.
         seed: of initial weights and order of windows.
         steps, batch_size, lr: of AdamW.
         tick: called after each step.
@@ -130,7 +135,7 @@ def train(
     Raises:
         KeyboardInterrupt: ``tick`` said to stop before the last step.
     """
-    model = seeded(seed, lambda: build(family, len(text.vocabulary)))
+    model = seeded(seed, lambda: build(family, len(text.vocabulary), dim))
     windows = TrainingWindows(text.train, CONTEXT, seed=seed)
     parameters = list(model.parameters())
     groups = [
@@ -187,9 +192,9 @@ def is_kept(path: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def load(path: Path, family: str, vocab_size: int) -> nn.Module:
+def load(path: Path, family: str, vocab_size: int, dim: int) -> nn.Module:
     """A model that was kept, in evaluation mode; torch's global generator is left as it was."""
-    model = seeded(0, lambda: build(family, vocab_size))
+    model = seeded(0, lambda: build(family, vocab_size, dim))
     model.load_state_dict(load_file(path))
     return model.eval()
 

@@ -87,19 +87,16 @@ def _barrier_table(config: MergeConfig, records: Records) -> report.Table:
     for family in config.families:
         for arm in ARMS:
             barriers, losses = values(records, family, arm), values(records, family, arm, "losses")
-            middle = losses[:, losses.shape[1] // 2]
-            distances = (with_error(values(records, family, arm, f"distance_{when}")) for when in ("before", "after"))
-            rows.append(
-                (family, arm, report.paired_interval(barriers), with_error(middle, ".3f", ".3f"), *distances)
-                + tuple(barriers.tolist())
-            )
+            halfway = with_error(losses[:, losses.shape[1] // 2], ".3f", ".3f")
+            distance = with_error(values(records, family, arm, "distance_after"), ".2f", ".2f")
+            rows.append((family, arm, report.paired_interval(barriers), halfway, distance, *barriers.tolist()))
     pairs = [f"{2 * pair}, {2 * pair + 1}" for pair in range(config.pairs)]
     return report.Table(
-        ("Family", "Arm", "Barrier", "Loss halfway", "Distance before", "Distance after", *pairs),
+        ("Family", "Arm", "Barrier", "Loss halfway", "Distance", *pairs),
         rows,
         "Barriers in nats a character: mean over pairs with its 95 % Student interval, and each pair by its seeds. "
-        "Loss halfway, and relative distance of stored numbers before and after alignment (0 equal, 1 unrelated): mean "
-        "over pairs ± standard error of that mean.",
+        "Loss halfway, and relative distance of stored numbers once aligned (0 equal, 1 unrelated): mean over pairs ± "
+        "standard error of that mean.",
         formats={"Barrier": ".3f"} | dict.fromkeys(pairs, ".3f"),
     )
 
@@ -136,15 +133,16 @@ def _control_table(config: MergeConfig, records: Records) -> report.Table:
 
 def _path_table(records: Records) -> report.Table:
     weights = [f"{weight:.3g}" for weight in records[0]["weights"]]
+    measures = ("barrier", "end_error", "frame", "seconds")
+    second = {"seeds": "another seed", "copy": "moved copy"}
     return report.Table(
         ("Family", "Second model", "Arm", "Pair", *weights, "Barrier", "Error of ends", "Frame", "Aligning, s"),
         [
-            (r["family"], {"seeds": "another seed", "copy": "moved copy"}[r["pairing"]], r["arm"], r["seed"])
-            + (*r["losses"], r["barrier"], r["end_error"], r["frame"], r["seconds"])
+            (r["family"], second[r["pairing"]], r["arm"], r["seed"], *r["losses"], *(r[key] for key in measures))
             for r in records
         ],
-        "Every path: held-out loss at each merge weight, the barrier, and by how much the losses at the ends differ from "
-        "those of the two models as they are stored.",
+        "Every path: held-out loss at each merge weight, the barrier, and by how much the losses at the ends differ "
+        "from those of the two models as they are stored.",
         formats={"Error of ends": ".1e", "Aligning, s": ".1f"},
     )
 
@@ -161,24 +159,23 @@ def paths(config: MergeConfig, records: Records, pairing: str = "seeds") -> repo
         for family in config.families
     }
     return report.Figure(
-        report.small_multiples(panels, x_label="merge weight", y_label="held-out loss, nats"),
+        report.small_multiples(panels, x_label="merge weight", y_label="held-out loss, nats", columns=1),
         "Held-out loss between two models: mean over pairs ± one standard error, thin lines for each pair.",
         "Loss against merge weight, a panel for each family, a curve for each arm.",
     )
 
 
-def forest(config: MergeConfig, comparison: Records) -> report.Figure:
-    """The paired differences."""
+def forest(comparison: Records, family: str) -> report.Figure:
+    """The paired differences of one family."""
     rows = [
-        report.IntervalRow(
-            f"{r['first']} − {r['second']}\n{r['family']}", *r["interval"], points=tuple(r["difference"])
-        )
+        report.IntervalRow(f"{r['first']} − {r['second']}", *r["interval"], points=tuple(r["difference"]))
         for r in comparison
+        if r["family"] == family
     ]
     return report.Figure(
         report.intervals(rows, x_label="difference of barriers, nats"),
-        "Mean, 95 % interval, each pair. Left of zero the first is better.",
-        "Forest plot of the paired differences of barriers.",
+        f"Family {family}: mean, 95 % interval, each pair. Left of zero the first is better.",
+        f"Forest plot of the paired differences of barriers of the family {family}.",
     )
 
 
@@ -198,6 +195,7 @@ def _summary(config: MergeConfig, records: Records, comparison: Records) -> list
 
 def _write_report(config: MergeConfig, trained: Records, records: Records) -> Path:
     every, comparison, figure = tables(config, trained, records), compare(config, records), paths(config, records)
+    forests = [forest(comparison, family) for family in config.families]
     sections = [
         report.Section("What was run", [
             f"Families: {', '.join(config.families)}. {2 * config.pairs} models each, {config.steps} steps of "
@@ -205,7 +203,7 @@ def _write_report(config: MergeConfig, trained: Records, records: Records) -> Pa
             "held-out windows. The protocol is the docstring of `erlangen.studies.merging`.",
         ]),
         report.Section("Between two seeds", [figure, every["barriers"]]),
-        report.Section("Differences", [forest(config, comparison), every["differences"]]),
+        report.Section("Differences", [*forests, every["differences"]]),
         report.Section("Control: a moved copy", [paths(config, records, "copy"), every["control"]]),
         report.Section("Every model", [every["models"]]),
         report.Section("Every path", [every["paths"]]),

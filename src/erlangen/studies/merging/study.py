@@ -6,7 +6,7 @@ from typing import Any
 
 from .._jobs import Cells, Job, Progress, Tick, at_least_one, execute
 from . import models
-from .arms import ARMS, measure_path
+from .arms import ALIGNED, ARMS, makes, measure_paths
 from .models import FAMILIES, Text, read_text
 
 PAIRINGS = ("seeds", "copy")
@@ -27,6 +27,8 @@ class MergeConfig:
     """Families of models: gpt, llama."""
     pairs: int = 5
     """Pairs of models a family; pair p is of the seeds 2p and 2p + 1."""
+    dim: int = 128
+    """Width of the models, in four heads."""
     steps: int = 800
     """Steps of training."""
     batch_size: int = 16
@@ -42,14 +44,16 @@ class MergeConfig:
         unknown = [name for name in self.families if name not in FAMILIES]
         if unknown or not self.families:
             raise ValueError(f"families must be of {', '.join(FAMILIES)}, received {', '.join(unknown) or 'none'}")
-        at_least_one(self, "pairs", "steps", "batch_size", "windows")
+        at_least_one(self, "pairs", "dim", "steps", "batch_size", "windows")
+        if self.dim % (2 * models.NUM_HEADS):
+            raise ValueError(f"dim must be a multiple of {2 * models.NUM_HEADS}, received {self.dim}")
         if self.points < 3:
             raise ValueError(f"points must be at least 3, both ends and one between them, received {self.points}")
 
 
 def quick(out: Path) -> MergeConfig:
     """A size of seconds, to see that everything runs; its numbers say nothing."""
-    return MergeConfig(out=out, pairs=2, steps=2, batch_size=2, points=3, windows=2, workers=1)
+    return MergeConfig(out=out, pairs=2, dim=16, steps=2, batch_size=2, points=3, windows=2, workers=1)
 
 
 # The models
@@ -65,8 +69,8 @@ def model_settings(config: MergeConfig, family: str, seed: int, vocab_size: int)
     return {
         "study": "merging", "family": family, "seed": seed, "steps": config.steps, "batch_size": config.batch_size,
         "lr": models.LEARNING_RATE, "weight_decay": models.WEIGHT_DECAY, "windows": config.windows,
-        "dim": models.DIM, "layers": models.NUM_LAYERS, "heads": models.NUM_HEADS, "kv_heads": models.NUM_KV_HEADS,
-        "hidden": models.HIDDEN[family], "context": models.CONTEXT, "vocab_size": vocab_size,
+        "dim": config.dim, "layers": models.NUM_LAYERS, "heads": models.NUM_HEADS, "kv_heads": models.NUM_KV_HEADS,
+        "hidden": models.hidden_dim(family, config.dim), "context": models.CONTEXT, "vocab_size": vocab_size,
     }  # fmt: skip
 
 
@@ -89,7 +93,7 @@ def model_jobs(config: MergeConfig, text: Text) -> list[Job]:
 
 
 def _train(tick: Tick, config: MergeConfig, family: str, seed: int, settings: dict[str, Any]) -> None:
-    how = {"steps": config.steps, "batch_size": config.batch_size, "lr": models.LEARNING_RATE}
+    how = {"dim": config.dim, "steps": config.steps, "batch_size": config.batch_size, "lr": models.LEARNING_RATE}
     text = read_text(config.text, config.windows)
     models.keep(model_path(config, family, seed), settings, tick, text=text, family=family, seed=seed, **how)
 
@@ -110,7 +114,7 @@ def train_models(config: MergeConfig, progress: Progress | None = None) -> list[
     unigram = models.unigram_loss(text)
     records = []
     for family in config.families:
-        size = sum(p.numel() for p in models.build(family, len(text.vocabulary)).parameters())
+        size = sum(p.numel() for p in models.build(family, len(text.vocabulary), config.dim).parameters())
         for seed in range(2 * config.pairs):
             kept = models.found(model_path(config, family, seed))
             records.append({"family": family, "seed": seed, "unigram": unigram, "parameters": size, **kept})
@@ -136,25 +140,30 @@ def kept_cells(config: MergeConfig) -> Cells:
 
 
 def path_jobs(config: MergeConfig, cells: Cells) -> list[Job]:
-    """A job a path, pair by pair; results go to the cells."""
+    """A job an alignment, pair by pair; results go to the cells."""
     return [
         Job(
-            work=_path, arguments=(config, family, pairing, pair, arm), steps=config.points, keep=cells.add,
-            finished=f"{family}/{pairing}/{arm}/{pair}" in cells.records,
+            work=_paths, arguments=(config, family, pairing, pair, arm), steps=config.points * len(makes(arm)),
+            finished=all(f"{family}/{pairing}/{made}/{pair}" in cells.records for made in makes(arm)), keep=cells.add,
         )
-        for pair in range(config.pairs) for pairing in PAIRINGS for family in config.families for arm in ARMS
+        for pair in range(config.pairs) for pairing in PAIRINGS for family in config.families for arm in ALIGNED
     ]  # fmt: skip
 
 
-def _path(tick: Tick, config: MergeConfig, family: str, pairing: str, pair: int, arm: str) -> list[dict[str, Any]]:
+def _paths(tick: Tick, config: MergeConfig, family: str, pairing: str, pair: int, arm: str) -> list[dict[str, Any]]:
     text = read_text(config.text, config.windows)
     first, second = (
-        models.load(model_path(config, family, seed), family, len(text.vocabulary)) for seed in (2 * pair, 2 * pair + 1)
+        models.load(model_path(config, family, seed), family, len(text.vocabulary), config.dim)
+        for seed in (2 * pair, 2 * pair + 1)
     )
     if pairing == "copy":
         second = models.moved_copy(first, seed=pair)
-    record = {"key": f"{family}/{pairing}/{arm}/{pair}", "family": family, "pairing": pairing, "arm": arm, "seed": pair}
-    return [record | measure_path(arm, first, second, text.held_out, config.points, tick)]
+    found = measure_paths(arm, first, second, text.held_out, config.points, tick)
+    return [
+        {"key": f"{family}/{pairing}/{made}/{pair}", "family": family, "pairing": pairing, "arm": made, "seed": pair}
+        | record
+        for made, record in found.items()
+    ]
 
 
 def measure(config: MergeConfig, progress: Progress | None = None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -162,7 +171,7 @@ def measure(config: MergeConfig, progress: Progress | None = None) -> tuple[list
 
     Returns:
         the records of `train_models`; and one a path: family, pairing, arm, ``seed`` (the number of the pair) and what
-        `arms.measure_path` gives.
+        `arms.measure_paths` gives.
 
     Raises:
         FileNotFoundError: there is no text.
