@@ -13,7 +13,6 @@ The format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from erlangen.gauge.certificate import Certificate
 
 from . import _safetensors as files
 from .checkpoints import _COPIES as SECOND_NAMES
-from .checkpoints import RECORD, TRANSFORMS, WRITING, Checkpoint, named, other_files
+from .checkpoints import RECORD, TRANSFORMS, Checkpoint, named, new_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MARK = "erlangen_gauge"  # of the file's metadata: the fingerprint of the base that an adapter belongs to
@@ -144,10 +143,6 @@ def carry_adapter(
     """
     folder, output = Path(adapter), Path(output)
     config, file = _read_config(folder), _open_weights(folder)
-    if output.exists() or output.is_symlink():
-        raise FileExistsError(f"{output} exists: choose another folder, nothing is overwritten")
-    if folder.resolve() in output.resolve().parents:
-        raise ValueError(f"{output} lies in {folder}, which is read: choose a folder beside it")
     checkpoint = Checkpoint(base)
     certificate = _certificate(checkpoint, moved)
     _expect_gauge(folder, config, file, checkpoint, certificate)
@@ -175,7 +170,9 @@ def carry_adapter(
         config = {**config, "lora_bias": True, "init_lora_weights": True}
     if not isinstance(moved, Carries):
         config = {**config, "base_model_name_or_path": str(moved)}
-    _write(folder, output, config, tensors, {**file.metadata, _MARK: certificate.target})
+    with new_folder(folder, output, num_bytes=sum(tensor.nbytes for tensor in tensors.values())) as aside:
+        (aside / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_file(tensors, aside / WEIGHTS, {**file.metadata, _MARK: certificate.target})
     ranks = {name: module.inputs[1].shape[0] for name, module in modules.items() if module.inputs is not None}
     return CarriedAdapter(output, ranks, tuple(sorted(biases)), dropped, certificate.source, certificate.target)
 
@@ -400,29 +397,3 @@ def _carried(
         bias = own if bias is None else bias + own
     new = {out_name: (new_outputs, outputs.dtype), in_name: (new_inputs, inputs.dtype)}
     return {name: _stored(tensor, dtype, path) for name, (tensor, dtype) in new.items()}, bias
-
-
-def _write(
-    folder: Path, output: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
-    aside = output.with_name(output.name + WRITING)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        aside.mkdir()
-    except FileExistsError as error:
-        raise FileExistsError(
-            f"{aside} exists: another process writes {output}, or one was killed while it did; then remove it"
-        ) from error
-    try:
-        carried, _ = other_files(folder)
-        for name in carried:
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, aside / name)
-        (aside / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file(tensors, aside / WEIGHTS, metadata)
-        files.to_disk([*aside.rglob("*"), aside])
-        aside.rename(output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    files.to_disk([output.parent])

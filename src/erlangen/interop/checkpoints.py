@@ -128,6 +128,11 @@ class Checkpoint:
         """Dtype of a tensor."""
         return files.dtype_of(self._entry(name)[1])
 
+    @property
+    def file_bytes(self) -> int:
+        """Size of the files that hold the weights."""
+        return sum(file.path.stat().st_size for file in self._files)
+
     def num_bytes(self, name: str) -> int:
         """Size of a tensor, as it is stored."""
         entry = self._entry(name)[1]
@@ -384,7 +389,7 @@ def rewriting(
         OSError, ValueError: as of `new_folder`.
     """
     more = sum(checkpoint.num_bytes(name) for name in (added or {}).values())
-    with new_folder(checkpoint, output, more_bytes=more) as aside:
+    with new_folder(checkpoint.folder, output, num_bytes=checkpoint.file_bytes + more) as aside:
         if config:
             text = json.dumps({**checkpoint.config, **config}, indent=2, ensure_ascii=False) + "\n"
             (aside / CONFIG).write_text(text, encoding="utf-8")
@@ -396,16 +401,16 @@ def rewriting(
 
 
 @contextmanager
-def new_folder(checkpoint: Checkpoint, output: str | Path, *, more_bytes: int = 0) -> Iterator[Path]:
-    """Make a folder beside a checkpoint; in the context it is filled, after it it is there.
+def new_folder(folder: Path, output: str | Path, *, num_bytes: int) -> Iterator[Path]:
+    """Make a folder beside another one; in the context it is filled, after it it is there.
 
     All files that hold no weights are carried along, and so are the folders that ``modules.json`` of
     sentence-transformers names. If the context is left by an error or Ctrl-C, nothing is left behind.
 
     Args:
-        checkpoint: that is read, and stays as it is.
+        folder: that is read, and stays as it is.
         output: the new folder.
-        more_bytes: that it needs, beside as many as the checkpoint has.
+        num_bytes: that it needs for weights.
 
     Yields:
         Where it is, until it is renamed.
@@ -413,17 +418,15 @@ def new_folder(checkpoint: Checkpoint, output: str | Path, *, more_bytes: int = 
     Raises:
         FileExistsError: the output exists, or another process is writing it.
         OSError: it cannot be written; there is too little space on the disk.
-        ValueError: the output lies in the folder of the checkpoint.
+        ValueError: the output lies in the folder that is read.
     """
-    output, source = Path(output), checkpoint.folder.resolve()
+    output, source = Path(output), folder.resolve()
     if output.exists() or output.is_symlink():
         raise FileExistsError(f"{output} exists: choose another folder, nothing is overwritten")
     if source in output.resolve().parents:
-        raise ValueError(f"{output} lies in {checkpoint.folder}, which is read: choose a folder beside it")
-    carried, _ = other_files(checkpoint.folder)
-    needed = sum((source / name).stat().st_size for name in carried)
-    needed += sum(file.path.stat().st_size for file in checkpoint._files)
-    needed += more_bytes
+        raise ValueError(f"{output} lies in {folder}, which is read: choose a folder beside it")
+    carried, _ = other_files(folder)
+    needed = num_bytes + sum((source / name).stat().st_size for name in carried)
     free = shutil.disk_usage(next(parent for parent in output.resolve().parents if parent.exists())).free
     if free < needed:
         raise OSError(

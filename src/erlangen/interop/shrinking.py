@@ -275,9 +275,7 @@ def shrink_folder(
 
     given = _outputs.generated_inputs(checkpoint.config, layout.vocab_size) if tokens is None else tokens[:2]
     report, before = Shrunk(layout.kind), None
-    with new_folder(
-        checkpoint, output, more_bytes=sum(file.path.stat().st_size for file in checkpoint._files)
-    ) as aside:
+    with new_folder(checkpoint.folder, output, num_bytes=2 * checkpoint.file_bytes) as aside:
         if check:
             try:
                 before = run(checkpoint, checkpoint.folder)
