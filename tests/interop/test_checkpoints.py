@@ -398,7 +398,7 @@ WORKSPACE = 40e6  # pieces of matrices in float64, and what libraries take for t
     not sys.platform.startswith("linux"), reason="memory is measured and given back otherwise elsewhere"
 )
 @pytest.mark.parametrize("name", LARGE)
-def test_peak_memory_is_twice_the_largest_layer(name, tmp_path):
+def test_peak_memory_is_less_than_twice_the_largest_layer(name, tmp_path):
     config = SHAPE | LARGE[name] | {"dtype": "bfloat16"}
     small = write(tmp_path / "small", LLAMA)
     tensors = {

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ._assignment import matching
-from ._canonical_record import chunks
 from ._fold import Frame, Reading, Writing
-from ._weights import ReadWeights
+from ._weights import ReadWeights, chunks
 from .layout import MLP, Layer
 
 _LARGE = 2048  # hidden features beyond which similarities are computed in float32

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ._align_heads import AttentionForm
 from ._align_mlp import MLPForm
-from ._canonical_record import chunks, finite
+from ._canonical_record import finite
 from ._canonical_residual import Embeddings, embeddings_of, residual_scale
 from ._fold import Fold, Frame, Plan, Reading, Writing, attention_maps, plan
 from ._unfold import mean_of
-from ._weights import ReadWeights
+from ._weights import ReadWeights, chunks
 from .layout import Layer, ModelLayout, Projection
 
 Using = Literal["gauge", "orthogonal", "permutation", "none"]
@@ -39,15 +39,15 @@ class _OnCPU:
         tensor = self._weights[name].detach().cpu()
         return finite(tensor, name).double() if self._double else tensor
 
-    def rows(self, name: str, part: slice) -> Tensor:
+    def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows of a matrix as they are stored; of a file, only these are read."""
         read = getattr(self._weights, "rows", None)
         if read is not None:
-            found = read(name, part.start, part.stop)
+            found = read(name, first, last)
         else:
             if self._last is None or self._last[0] != name:
                 self._last = name, self._weights[name].detach()
-            found = self._last[1][part]
+            found = self._last[1][first:last]
         return finite(found.detach().cpu(), name)
 
     def shape(self, name: str) -> torch.Size:
@@ -151,7 +151,7 @@ class Side:
     def table_rows(self, name: str, part: slice) -> Tensor:
         """Rows of an embedding, in form, in the model's own frame."""
         embeddings = self.embeddings
-        rows = self.stored.rows(name, part).double()
+        rows = self.stored.rows(name, part.start, part.stop).double()
         if name == self.layout.token_embedding:
             return embeddings.token_rows(rows) / self.table_scale
         mean = embeddings.means.get(name)
@@ -159,7 +159,7 @@ class Side:
 
     def table_tensor(self, name: str, part: slice, rows: Tensor) -> Tensor:
         """Rows of an embedding, given in form, as this model stores them."""
-        embeddings, own = self.embeddings, self.stored.rows(name, part).double()
+        embeddings, own = self.embeddings, self.stored.rows(name, part.start, part.stop).double()
         token = name == self.layout.token_embedding
         shift = embeddings.added if token else -embeddings.means.get(name, torch.zeros(()))
         writing = embeddings.token_writing if token else embeddings.writing
@@ -188,6 +188,6 @@ def unembedding_rows(sides: Iterable[Side], unembedding: Projection, part: slice
             raw = finite(unembedding.heads(side.stored[unembedding.weight])[0][part], unembedding.weight).double()
         else:
             start = unembedding.starts[0]
-            raw = side.stored.rows(unembedding.weight, slice(start + part.start, start + part.stop)).double()
+            raw = side.stored.rows(unembedding.weight, start + part.start, start + part.stop).double()
         found.append((raw, side.final_reading().rows(raw)))
     return found

@@ -18,10 +18,9 @@ from ._align_mlp import MLPForm, NeuronMatch, match_neurons
 from ._align_side import Progress, Side, Using, pairs_of_rows, unembedding_rows
 from ._align_turns import polar
 from ._assignment import matching as assigned
-from ._canonical_record import chunks
 from ._canonical_residual import mean_free_basis
 from ._fold import Frame
-from ._weights import give_back
+from ._weights import chunks, give_back
 from .comparison import NEAR
 from .layout import ModelLayout
 

@@ -14,10 +14,10 @@ from ._align_mlp import parts_of
 from ._align_side import Progress, Side, pairs_of_rows, unembedding_rows
 from ._align_weights import Matching
 from ._canonical_heads import _BY_QUERY, _SHARED
-from ._canonical_record import Record, chunks
+from ._canonical_record import Record
 from ._fold import Fold, Frame, Reading, Writing, attention_maps, latent_readers, stored_gain
 from ._unfold import Unfold
-from ._weights import give_back
+from ._weights import chunks, give_back
 from .layout import Layer, Norm, Projection
 
 

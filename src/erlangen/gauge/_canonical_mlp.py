@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from . import forms
-from ._canonical_record import Record, chunks, finite
+from ._canonical_record import Record, finite
 from ._fold import Reading, Writing
-from ._weights import Weights
+from ._weights import Weights, chunks
 from .layout import MLP, Layer
 
 

@@ -1,6 +1,6 @@
 """What `canonical_form` notes of its doings, and tensors taken in pieces."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ._fold import Reading, Writing
 from .layout import Projection
-
-_CHUNK = 1 << 18  # numbers of a matrix in float64 at a time: 2 MB, so that a few of them weigh little
 
 
 @dataclass
@@ -76,10 +74,3 @@ def finite(tensor: Tensor, name: str) -> Tensor:
     if tensor.numel() and not all(number.isfinite() for number in torch.aminmax(tensor)):
         raise ValueError(f"{name} holds values that are not finite: a canonical form needs finite weights")
     return tensor
-
-
-def chunks(rows: int, columns: int) -> Iterator[slice]:
-    """The rows of a matrix in pieces that are small in float64."""
-    step = max(_CHUNK // max(columns, 1), 1)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))

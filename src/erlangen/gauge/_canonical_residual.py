@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from . import forms
-from ._canonical_record import Record, chunks, finite
+from ._canonical_record import Record, finite
 from ._fold import Fold, Frame, Plan, Reading, Writing
-from ._weights import ReadWeights, Weights
+from ._weights import ReadWeights, Weights, rewrite_table, table_rows
 from .layout import ModelLayout
 
 
-def _column_mean(table: Tensor) -> Tensor:
+def _column_mean(weights: ReadWeights, name: str) -> Tensor:
     """Mean of the rows, in float64."""
-    total = sum((table[part].double().sum(dim=0) for part in chunks(*table.shape)), start=torch.zeros(()))
-    return total / table.shape[0]
+    total = sum((rows.double().sum(dim=0) for _, rows in table_rows(weights, name)), start=torch.zeros(()))
+    return total / weights.shape(name)[0]
 
 
 def mean_free_basis(dim: int, device: torch.device) -> Tensor:
@@ -50,33 +50,34 @@ class Embeddings:
 
 
 def embeddings_of(layout: ModelLayout, weights: ReadWeights, steps: Plan) -> Embeddings:
-    table = weights[layout.token_embedding]
-    added = torch.zeros(layout.dim, dtype=torch.float64, device=table.device)
+    device = next(iter(table_rows(weights, layout.token_embedding)))[1].device
+    added = torch.zeros(layout.dim, dtype=torch.float64, device=device)
     means: dict[str, Tensor] = {}
     if steps.shifts:
         for name in layout.other_embeddings:
-            means[name] = _column_mean(weights[name])
+            means[name] = _column_mean(weights, name)
             added = added + means[name].to(added.device)
     writing = Writing(steps.centred)
     if steps.centred and layout.tied:
         added = added - added.mean()
         if steps.logit_shift:
-            added = added - _column_mean(table).mean()
+            added = added - _column_mean(weights, layout.token_embedding).mean()
     return Embeddings(means, added, writing, Writing(steps.centred and not layout.tied))
 
 
 def residual_frame(layout: ModelLayout, weights: Weights, steps: Plan, embeddings: Embeddings, record: Record) -> Frame:
     """The frame in which the columns of the token embedding are orthogonal, largest first (or, where only signed
     permutations are allowed, ordered by their norms)."""
-    table = weights[layout.token_embedding]
-    rows, dim, tolerance = table.shape[0], layout.dim, forms.degeneracy_tolerance(table.dtype)
+    table, dim, device = layout.token_embedding, layout.dim, embeddings.added.device
+    rows, dtype = weights.shape(table)[0], weights.dtype(table)
+    tolerance = forms.degeneracy_tolerance(dtype)
 
     def parts() -> Iterator[tuple[slice, Tensor]]:
-        for part in chunks(rows, dim):
-            yield part, embeddings.token_rows(finite(table[part], layout.token_embedding).double())
+        for part, chunk in table_rows(weights, table):
+            yield part, embeddings.token_rows(finite(chunk, table).double())
 
     if steps.rotations in ("signed", "permuted"):
-        squares, cubes, sizes = (torch.zeros(dim, dtype=torch.float64, device=table.device) for _ in range(3))
+        squares, cubes, sizes = (torch.zeros(dim, dtype=torch.float64, device=device) for _ in range(3))
         for _, chunk in parts():
             squares += chunk.square().sum(dim=0)
             cubes += (chunk**3).sum(dim=0)
@@ -85,27 +86,27 @@ def residual_frame(layout: ModelLayout, weights: Weights, steps: Plan, embedding
         record.leftover += [f"Residual stream: coordinates {a} and {b} are alike in size." for a, b in ties]
         total = cubes.sum() if steps.rotations == "permuted" else cubes[order]
         return Frame(order=order, sign=torch.where(total < 0, -1.0, 1.0).double().expand(dim))
-    basis = None if steps.rotations == "all" else mean_free_basis(dim, table.device)
+    basis = None if steps.rotations == "all" else mean_free_basis(dim, device)
     width = dim if basis is None else dim - 1
-    triangle = torch.zeros(0, width, dtype=torch.float64, device=table.device)
+    triangle = torch.zeros(0, width, dtype=torch.float64, device=device)
     for _, chunk in parts():
         chunk = chunk if basis is None else chunk @ basis
         triangle = torch.linalg.qr(torch.cat([triangle, chunk]), mode="r").R
     _, spectrum, axes = torch.linalg.svd(triangle, full_matrices=True)
     spectrum = torch.nn.functional.pad(spectrum, (0, width - spectrum.numel()))
-    rank = int((spectrum > 4 * width**0.5 * forms.noise(table.dtype) * spectrum[0]).sum())
+    rank = int((spectrum > 4 * width**0.5 * forms.noise(dtype) * spectrum[0]).sum())
     if rank < width:
         record.leftover.append(
             f"Residual stream: the token embedding has rank {rank} of {width}; the frame of the rest is not fixed."
         )
-    blocks = forms.near_equal(spectrum[None], tolerance, torch.tensor([rank], device=table.device))
-    cubes = torch.zeros(width, dtype=torch.float64, device=table.device)
+    blocks = forms.near_equal(spectrum[None], tolerance, torch.tensor([rank], device=device))
+    cubes = torch.zeros(width, dtype=torch.float64, device=device)
     overlaps = [torch.zeros(last + 1 - first, last + 1 - first, dtype=torch.float64) for _, first, last in blocks]
     for part, chunk in parts():
         chunk = (chunk if basis is None else chunk @ basis) @ axes.mT
         cubes += (chunk / spectrum[0]).pow(3).sum(dim=0)
         for (_, first, last), overlap in zip(blocks, overlaps):
-            fixed = forms.probe(rows, last + 1 - first, table.device)[part]
+            fixed = forms.probe(rows, last + 1 - first, device)[part]
             overlap += (chunk[:, first : last + 1].mT @ fixed).to(overlap.device)
     axes = torch.where(cubes < 0, -1.0, 1.0)[:, None] * axes
     for (_, first, last), overlap in zip(blocks, overlaps):
@@ -117,11 +118,7 @@ def residual_frame(layout: ModelLayout, weights: Weights, steps: Plan, embedding
 
 
 def _write_table(weights: Weights, name: str, treat: Callable[[Tensor], Tensor]) -> None:
-    table = weights[name]
-    new = torch.empty_like(table)
-    for part in chunks(*table.shape):
-        new[part] = treat(finite(table[part], name).double()).to(new.dtype)
-    weights[name] = new
+    rewrite_table(weights, name, lambda _, rows: treat(finite(rows, name).double()))
 
 
 def write_embeddings(layout: ModelLayout, weights: Weights, embeddings: Embeddings, record: Record) -> None:
@@ -148,18 +145,22 @@ def write_unembedding(layout: ModelLayout, weights: Weights, steps: Plan, frame:
     if part is None:
         return
     reading = Reading.of(weights, Fold(None) if fold is None else fold, frame)
-    stored = weights[part.weight]
-    new = stored.clone()
-    # [vocab, dim], views of the stored tensors
-    old_rows, new_rows = part.heads(stored)[0], part.heads(new)[0]
-    mean = _column_mean(old_rows) if steps.logit_shift else None
+    mean = None
+    if steps.logit_shift:
+        name = part.weight
+        mean = weights[name].double().mean(dim=1) if part.transposed else _column_mean(weights, name)
     constants = []
-    for rows in chunks(*old_rows.shape):
-        chunk = finite(old_rows[rows], part.weight).double()
-        chunk = chunk if mean is None else chunk - mean
-        constants.append(reading.constant(chunk))
-        new_rows[rows] = reading.rows(chunk).to(new.dtype)
-    weights[part.weight] = new
+
+    def treat(_: slice, rows: Tensor) -> Tensor:
+        rows = finite(rows, part.weight).double()
+        rows = rows if mean is None else rows - mean
+        constants.append(reading.constant(rows))
+        return reading.rows(rows)
+
+    if part.transposed:
+        weights[part.weight] = treat(slice(None), weights[part.weight].T).T
+    else:
+        rewrite_table(weights, part.weight, treat)
     if part.bias_name is not None:
         bias = weights[part.bias_name].double()
         bias = bias - bias.mean() if steps.logit_shift else bias
@@ -173,6 +174,6 @@ def write_unembedding(layout: ModelLayout, weights: Weights, steps: Plan, frame:
 
 def residual_scale(layout: ModelLayout, weights: ReadWeights, embeddings: Embeddings) -> float:
     """Root mean square of the token embedding in its new form."""
-    table = weights[layout.token_embedding]
-    total = sum(embeddings.token_rows(table[part].double()).square().sum().item() for part in chunks(*table.shape))
-    return (total / table.numel()) ** 0.5 or 1.0
+    name = layout.token_embedding
+    total = sum(embeddings.token_rows(rows.double()).square().sum().item() for _, rows in table_rows(weights, name))
+    return (total / weights.shape(name).numel()) ** 0.5 or 1.0

@@ -11,6 +11,15 @@ from torch import Tensor, nn
 
 from .layout import unwrap
 
+_CHUNK = 1 << 18  # numbers of a matrix in float64 at a time: 2 MB, so that a few of them weigh little
+
+
+def chunks(rows: int, columns: int) -> Iterator[slice]:
+    """The rows of a matrix in pieces that are small in float64."""
+    step = max(_CHUNK // max(columns, 1), 1)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
 
 class ReadWeights(Protocol):
     """A thing from which tensors are read by name."""
@@ -32,6 +41,29 @@ class Weights(ReadWeights, Protocol):
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         """Replace a tensor by one of the same shape, which is cast to the stored dtype."""
         ...
+
+
+def table_rows(weights: ReadWeights, name: str) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a matrix as they are stored, a piece at a time; weights that have ``rows`` read no more than that."""
+    read = getattr(weights, "rows", None)
+    for part in chunks(*weights.shape(name)):
+        yield part, weights[name][part] if read is None else read(name, part.start, part.stop)
+
+
+def rewrite_table(weights: Weights, name: str, treat: Callable[[slice, Tensor], Tensor]) -> None:
+    """Replace the rows of a matrix, a piece at a time; weights that have ``put_rows`` write no more than that.
+
+    Args:
+        treat: which rows, and these as they are stored -> the new ones.
+    """
+    put = getattr(weights, "put_rows", None)
+    if put is not None:
+        put(name, ((part, treat(part, rows)) for part, rows in table_rows(weights, name)))
+        return
+    new = torch.empty_like(weights[name])
+    for part, rows in table_rows(weights, name):
+        new[part] = treat(part, rows).to(new.dtype)
+    weights[name] = new
 
 
 class ModuleWeights:

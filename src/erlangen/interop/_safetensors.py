@@ -164,11 +164,12 @@ def _write(file: BinaryIO, data: memoryview) -> None:
         done += file.write(data[done:])
 
 
-def write(path: Path, entry: Entry, tensor: Tensor) -> None:
-    """Put a tensor (of the entry's dtype and shape) into its place."""
+def write(path: Path, entry: Entry, tensor: Tensor, first: int = 0) -> None:
+    """Put a tensor of the entry's dtype into its place: all of it, or its rows from ``first`` on."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    row = (entry.stop - entry.start) // max(entry.shape[0], 1) if first else 0
     with path.open("r+b", buffering=0) as file:
-        file.seek(entry.start)
+        file.seek(entry.start + first * row)
         _write(file, data)
 
 

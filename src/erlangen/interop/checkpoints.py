@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from erlangen.gauge._fingerprint import fingerprint
 from erlangen.gauge._fold import plan
+from erlangen.gauge._weights import table_rows
 from erlangen.gauge.canonical import canonical_form, compared
 from erlangen.gauge.certificate import Certificate
 
@@ -330,19 +331,34 @@ class FolderWeights:
         return self.checkpoint.rows(self._sources.get(name, name), first, last)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        file, entry = self._entry(name)
+        _, entry = self._entry(name)
         if tuple(tensor.shape) != entry.shape:
             raise ValueError(f"{name} has shape {list(entry.shape)}, received {list(tensor.shape)}")
-        cast = tensor.detach().to(device="cpu", dtype=files.dtype_of(entry))
-        if cast.numel() and not all(number.isfinite() for number in torch.aminmax(cast)):
-            raise ValueError(
-                f"{name} would hold numbers up to {tensor.abs().max():.3g}, beyond the range of {entry.dtype}: store "
-                "the model in float32 or bfloat16 first"
-            )
-        files.write(file.path, entry, cast)
+        self._put(name, 0, tensor)
         self._written.add(name)
         if name in self._copies:
-            self[self._copies[name]] = cast
+            self[self._copies[name]] = tensor
+
+    def put_rows(self, name: str, pieces: Iterable[tuple[slice, Tensor]]) -> None:
+        """Replace all rows of a tensor (of its first dimension), a piece at a time, in order.
+
+        Until the last one is written, rows are read as they were; so a piece may be made from the same rows.
+        """
+        for part, rows in pieces:
+            self._put(name, part.start, rows)
+        self._written.add(name)
+        if name in self._copies:
+            self.put_rows(self._copies[name], table_rows(self, name))
+
+    def _put(self, name: str, first: int, rows: Tensor) -> None:
+        file, entry = self._entry(name)
+        cast = rows.detach().to(device="cpu", dtype=files.dtype_of(entry))
+        if cast.numel() and not all(number.isfinite() for number in torch.aminmax(cast)):
+            raise ValueError(
+                f"{name} would hold numbers up to {rows.abs().max():.3g}, beyond the range of {entry.dtype}: store "
+                "the model in float32 or bfloat16 first"
+            )
+        files.write(file.path, entry, cast, first)
 
     def shape(self, name: str) -> torch.Size:
         """Shape of a tensor."""

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from erlangen.gauge._align_side import Using as Using
-from erlangen.gauge._canonical_record import chunks
 from erlangen.gauge._fingerprint import fingerprint
 from erlangen.gauge._models import Model
+from erlangen.gauge._weights import chunks
 from erlangen.gauge.align import Matching, align_weights, expect_mergeable, match_weights
 from erlangen.gauge.merge import merge_others, merge_weights, other_names
 
