@@ -77,6 +77,23 @@ def test_the_report_holds_the_part_on_gauge(taken):
     assert "Part four" in page and "the same function" in page
 
 
+def test_the_report_holds_the_part_on_breaking_or_reducing(taken):
+    runs = json.loads((taken / "tour.json").read_text())["quotient"]
+    arms = ("plain", "noise", "horizontal", "dressed", "invariant")
+    assert {(r["optimizer"], r["arm"], r["seed"]) for r in runs} == {
+        (optimizer, arm, seed) for optimizer in ("sgdm", "adamw") for arm in arms for seed in (0, 1)
+    }
+    for run in runs:
+        share = run["vertical_share"][-1]
+        assert share < 1e-8 if run["arm"] == "horizontal" else 0 <= share <= 1
+        if run["arm"] == "plain" and run["optimizer"] == "adamw":
+            assert share > 1e-4, "AdamW's step has a part along the gauge"
+    page = (taken / "tour.html").read_text()
+    for text in ("Part five", ">horizontal</td>", ">invariant</td>"):
+        assert text in page
+    assert len((taken / "tour.quotient_seeds.csv").read_text().splitlines()) == 1 + len(runs)
+
+
 def test_the_report_holds_the_part_on_poses(taken):
     cells = json.loads((taken / "tour.json").read_text())["lie"]
     assert {(c["task"], c["group"], c["arm"], c["seed"]) for c in cells} == {

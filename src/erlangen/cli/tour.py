@@ -11,7 +11,8 @@ from erlangen.studies.tour import TourConfig, tour
 
 _DESCRIPTION = """\
 Train small transformers, symmetric and broken, under four optimisers; look for missing poses with attention on a Lie
-group; recognise motifs never seen, with and without the symmetry of the two strands; and write one HTML report of all.
+group; recognise motifs never seen, with and without the symmetry of the two strands; break the symmetry of heads, or
+reduce it; and write one HTML report of all.
 
   erlangen tour                 about six minutes on two cores; writes tour/tour.html
   erlangen tour --seeds 10      narrower intervals; the runs there are already are kept

@@ -1,5 +1,6 @@
 """``erlangen train``."""
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from erlangen import lm
+from erlangen.lm.settings import from_dict
 
 _DESCRIPTION = """\
 Train a language model.
@@ -20,11 +22,13 @@ Train a language model.
   erlangen train                                          a tiny byte model on the standard library's source
   erlangen train --data.corpus book.txt --steps 2000      on a text of yours
   erlangen train --optimizer.name ecd --breaking.enabled  energy-conserving descent, head symmetry broken
+  erlangen train --reduction.kind horizontal              no step in directions that change nothing
   erlangen train --preset 124m --data.corpus hf:HuggingFaceFW/fineweb-edu:sample-10BT --data.tokenizer gpt2
   erlangen train --resume runs/NAME                       go on with a stopped run
   torchrun --nproc-per-node 2 -m erlangen train --parallel fsdp ...
 
-Ctrl-C stops after the current step and writes a checkpoint; a second one stops at once.
+Ctrl-C stops after the current step and writes a checkpoint; a second one stops at once. After its last step a run
+writes report.html beside its log.
 """
 
 
@@ -87,9 +91,34 @@ class Reporter:
             error = record["validation_standard_error"]
             spread = "" if error is None else f" ± {error:.4f}"
             self.console.print(
-                f"step {step}: loss {record['loss']:.4f}, validation {record['validation_loss']:.4f}{spread}",
+                f"step {step}: loss {record['loss']:.4f}, validation {record['validation_loss']:.4f}{spread}"
+                + _gauge_words(record.get("gauge")),
                 highlight=False,
+                soft_wrap=True,
             )
+
+
+def _gauge_words(found: Mapping[str, Any] | None) -> str:
+    """What a validation says of the gauge directions, to go on its line."""
+    if found is None or found["vertical_share"] is None:
+        return ""
+    share, drift, distance = (
+        f"{100 * found[name]:.2g} %" for name in ("vertical_share", "charge_drift", "orbit_distance")
+    )
+    return f"; along gauge {share}, charge drift {drift}, products moved {distance}"
+
+
+def _write_page(result: lm.TrainResult, console: Console) -> None:
+    """Write the page of a finished run; that it cannot be written is no failure of the run."""
+    from ._train_page import write_train_page
+
+    try:
+        config = from_dict(lm.TrainConfig, json.loads((result.folder / "config.json").read_text()))
+        path = write_train_page(result, config)
+    except (ImportError, OSError) as error:
+        console.print(f"no report was written: {error}", highlight=False, soft_wrap=True)
+        return
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -107,5 +136,7 @@ def main(arguments: Sequence[str]) -> int:
     if not result.finished:
         console.print(f"stopped; go on with: erlangen train --resume {result.folder}", highlight=False, soft_wrap=True)
         return 130
+    if first:
+        _write_page(result, console)
     console.print(f"done: {result.folder}", highlight=False, soft_wrap=True)
     return 0

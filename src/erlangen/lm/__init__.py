@@ -11,6 +11,7 @@ from .model import GPT as GPT
 from .settings import BreakingConfig as BreakingConfig
 from .settings import DataConfig as DataConfig
 from .settings import OptimizerConfig as OptimizerConfig
+from .settings import ReductionConfig as ReductionConfig
 from .settings import TrainConfig as TrainConfig
 from .tokenizers import load_tokenizer as load_tokenizer
 from .train import TrainingError as TrainingError

@@ -82,6 +82,38 @@ class BreakingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReductionConfig:
+    """How the gauge directions of the heads, in which the function does not change, are kept out of training."""
+
+    kind: Literal["none", "horizontal", "dressed", "chart", "invariant"] = "none"
+    """horizontal: the part of each step along the gauge is taken back;
+    dressed: heads are brought to balanced form now and then, the optimiser's state along;
+    chart: every head keeps an identity block that does not move;
+    invariant: descent under a metric that no gauge changes trains the heads, the optimiser everything else."""
+    every: int = 10
+    """Dressed: steps between two dressings."""
+    lr: float | None = None
+    """Invariant: learning rate of the heads, before the schedule. None: the optimiser's."""
+    momentum: float = 0.9
+    """Invariant: decay of the momentum of the heads."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"reduction.every counts steps and must be at least 1, received {self.every}")
+        if self.lr is not None and not 0.0 <= self.lr < math.inf:
+            raise ValueError(
+                f"reduction.lr must be a finite number, at least 0, or None for the optimiser's, received {self.lr}"
+            )
+        if self.lr is not None and self.kind != "invariant":
+            raise ValueError(
+                f"reduction.lr is the learning rate of the heads under kind 'invariant', and kind {self.kind!r} has "
+                "none of its own: leave it out, or set optimizer.lr"
+            )
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"reduction.momentum must be at least 0 and less than 1, received {self.momentum}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run. Two runs of one config on one machine give the same losses, bit for bit on CPU."""
 
@@ -89,6 +121,7 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     breaking: BreakingConfig = field(default_factory=BreakingConfig)
+    reduction: ReductionConfig = field(default_factory=ReductionConfig)
     steps: int = 1000
     """Steps of the optimiser."""
     batch_size: int = 16
@@ -121,6 +154,9 @@ class TrainConfig:
     """Validate on so many windows, the same ones each time (or on all there are, if fewer)."""
     log_charges: bool = True
     """Log the Noether charges of the heads at each validation."""
+    log_gauge: bool = True
+    """Log at each validation how much of the step went in gauge directions, and how far the heads are from the start
+    (`erlangen.gauge.GaugeMonitor`)."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the end of the run and a stop always have one."""
     keep_checkpoints: int = 2
@@ -128,7 +164,7 @@ class TrainConfig:
     track: str = "none"
     """"none", "tensorboard", or a module with wandb's init, log and finish, such as wandb or trackio."""
     out: Path | None = None
-    """Folder of the run. None: runs/ and a name made of the time, the optimiser and the breaking."""
+    """Folder of the run. None: runs/ and a name made of the time, the optimiser, the breaking and the reduction."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "eval_every", "eval_windows", "checkpoint_every",
@@ -146,6 +182,17 @@ class TrainConfig:
             raise ValueError(f"final_lr is a share of the learning rate, between 0 and 1, received {self.final_lr}")
         if self.clip is not None and not self.clip > 0.0:
             raise ValueError(f"clip must be positive, or None not to clip, received {self.clip}")
+        if self.reduction.kind != "none":
+            if self.breaking.enabled:
+                raise ValueError(
+                    "a model whose symmetry is broken has no gauge directions to keep out: choose breaking or "
+                    f"reduction {self.reduction.kind!r}, not both"
+                )
+            if self.parallel == "fsdp":
+                raise ValueError(
+                    f"reduction {self.reduction.kind!r} needs whole heads on every process, and parallel 'fsdp' cuts "
+                    "them up: use parallel 'ddp'"
+                )
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step (counted from 0), as a share of the largest."""

@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .corpus import Corpus, load_corpus
 from .distributed import World, world
 from .logs import JsonLines, Tracker, find_tracker
 from .model import GPT, at_least_float32
-from .settings import BreakingConfig, OptimizerConfig, TrainConfig, from_dict, to_dict
+from .settings import BreakingConfig, OptimizerConfig, ReductionConfig, TrainConfig, from_dict, to_dict
 from .tokenizers import load_tokenizer
 from .windows import TrainingWindows, validation_windows
 
@@ -40,7 +40,7 @@ class TrainResult:
         folder: the run's folder.
         finished: False when it was stopped before its last step; it can be resumed.
         records: the log, one dict a line: "step" and either "loss" (training) or "validation_loss",
-            "validation_standard_error" and perhaps "charges".
+            "validation_standard_error" and perhaps "charges" and "gauge".
         model: the trained model, in evaluation mode.
     """
 
@@ -72,10 +72,43 @@ def build_model(config: GPTConfig, broken: BreakingConfig, *, seed: int) -> GPT:
     return model
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of a model: weight decay on matrices only, names handed over for those who need them."""
-    settings = config.settings()
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, reduction: ReductionConfig | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser of a model: weight decay on matrices only, names handed over for those who need them.
+
+    A reduction of kind "invariant" trains the heads by `erlangen.gauge.QuotientSGD`, without weight decay, and leaves
+    the rest to the optimiser. The other kinds are put on it by `reduce_optimizer`.
+    """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if reduction is None or reduction.kind != "invariant":
+        return _create(config, named)
+    lr = _learning_rate(config) if reduction.lr is None else reduction.lr
+    return gauge.QuotientSGD(
+        model,
+        lr=lr,
+        momentum=reduction.momentum,
+        sectors=gauge.free_sectors(model),
+        rest=lambda named: _create(config, named),
+    )
+
+
+def reduce_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, reduction: ReductionConfig) -> None:
+    """Make an optimiser of a model keep out its gauge directions; "dressed" and "chart" move the weights to their
+    representative at once.
+
+    Where queries and keys are normalised, which leaves them no linear gauge, only values and outputs are treated.
+    """
+    if reduction.kind == "horizontal":
+        gauge.horizontal(optimizer, model, sectors=gauge.free_sectors(model))
+    elif reduction.kind == "dressed":
+        gauge.dressed(optimizer, model, every=reduction.every, sectors=gauge.free_sectors(model))
+    elif reduction.kind == "chart":
+        gauge.charted(optimizer, model, sectors=gauge.free_sectors(model))
+
+
+def _create(config: OptimizerConfig, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+    settings, named = config.settings(), list(named)
     if not settings.get("weight_decay", 0.0) and "weight_decay" in settings:
         return optim.create(config.name, named, **settings)
     groups = [
@@ -83,6 +116,10 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         {"params": [(name, parameter) for name, parameter in named if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     return optim.create(config.name, [group for group in groups if group["params"]], **settings)
+
+
+def _learning_rate(config: OptimizerConfig) -> float:
+    return optim.OPTIMIZERS[config.name].settings["lr"] if config.lr is None else config.lr
 
 
 def load(folder: str | Path) -> GPT:
@@ -225,9 +262,21 @@ def resume(
     return _train(replace(config, out=folder), found[-1], corpus, progress, reading, tracker)
 
 
+def _gauge_scalars(gauge_record: Mapping[str, Any]) -> dict[str, float]:
+    """What `GaugeMonitor.read` gave, as one number a name: of the model, and of each sector of a layer (mean)."""
+    scalars = {f"gauge/{name}": value for name, value in gauge_record.items() if isinstance(value, float)}
+    for layer, sectors in gauge_record.get("layers", {}).items():
+        for sector, quantities in sectors.items():
+            for name, heads in quantities.items():
+                scalars[f"gauge/{name}/{sector}/{layer}"] = sum(heads) / len(heads)
+    return scalars
+
+
 def _default_name(config: TrainConfig) -> str:
-    broken = "-broken" if config.breaking.enabled else ""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{config.optimizer.name}{broken}"
+    symmetry = "-broken" if config.breaking.enabled else ""
+    if config.reduction.kind != "none":
+        symmetry = f"-{config.reduction.kind}"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{config.optimizer.name}{symmetry}"
 
 
 def _train(
@@ -308,7 +357,16 @@ class _Run:
         self.model.to(here.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.wrapped = here.wrap(self.model, config.parallel, compile=config.compile)
-        self.optimizer = build_optimizer(config.optimizer, self.model)
+        self.optimizer = build_optimizer(config.optimizer, self.model, config.reduction)
+        self.monitor: gauge.GaugeMonitor | None = None
+        if config.reduction.kind == "dressed":
+            # The step is measured before it is dressed: what the optimiser did, not what a dressing takes back.
+            self.optimizer.register_step_post_hook(lambda *_: self._measured())
+        reduce_optimizer(self.optimizer, self.model, config.reduction)
+        # Under fsdp no process has the weights as a whole.
+        if config.log_gauge and not (here.size > 1 and config.parallel == "fsdp"):
+            self.monitor = gauge.GaugeMonitor(self.model)
+        self.lr = _learning_rate(config.optimizer)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         length = config.model.context_length
         self.windows = TrainingWindows(corpus.train, length, seed=config.seed)
@@ -381,6 +439,7 @@ class _Run:
             for layer, sectors in record.get("charges", {}).items():
                 for sector, heads in sectors.items():
                     scalars[f"charge/{sector}/{layer}"] = sum(heads) / len(heads)
+            scalars |= _gauge_scalars(record.get("gauge", {}))
             self.tracker.log(scalars, step=self.step)
 
     # Training
@@ -393,7 +452,7 @@ class _Run:
             record = self.advance()
             self.write(record)
             last = self.step == config.steps
-            if last or self.step % config.eval_every == 0:
+            if self._validates(self.step):
                 record = {**record, **self.validate()}
             if progress is not None:
                 progress(self.step, record)
@@ -402,6 +461,13 @@ class _Run:
                 self.save()
             if stopping:
                 break
+
+    def _validates(self, step: int) -> bool:
+        return step == self.config.steps or step % self.config.eval_every == 0
+
+    def _measured(self) -> None:
+        if self.monitor is not None:
+            self.monitor.after_step()
 
     def advance(self) -> dict[str, Any]:
         """One step of the optimiser."""
@@ -432,22 +498,25 @@ class _Run:
         factor = config.lr_factor(self.step)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs):
             group["lr"] = base * factor
+        if self.monitor is not None and self._validates(self.step + 1):
+            self.monitor.before_step()
         try:
             self.optimizer.step(lambda: value)
         except ValueError as error:
             raise TrainingError(f"{error} (at step {self.step + 1}: {self._what_is_safe()})") from error
+        self._measured()
         self.step += 1
         return {
             "step": self.step,
             "loss": value,
             "gradient_norm": norm,
-            "lr": self.base_lrs[0] * factor,
+            "lr": self.lr * factor,
             "tokens": self.step * config.batch_size * config.model.context_length,
             "seconds": round(time.perf_counter() - started, 4),
         }
 
     def validate(self) -> dict[str, Any]:
-        """Validation loss on the fixed windows, and the charges."""
+        """Validation loss on the fixed windows, the charges, and what the last step did in gauge directions."""
         mean, error = evaluate(
             self.wrapped, self.validation, world=self.world, precision=self.config.precision,
             batch_size=max(1, self.config.batch_size // (self.config.accumulation * self.world.size)),
@@ -461,6 +530,8 @@ class _Run:
         if self.config.log_charges and self.step:
             charges = gauge.charges(self.model, self.optimizer)
             record["charges"] = {str(layer): sectors for layer, sectors in charges.items()}
+        if self.monitor is not None and self.step:
+            record["gauge"] = self.monitor.read()
         self.write(record)
         return record
 

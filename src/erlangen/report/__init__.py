@@ -14,8 +14,10 @@ from .figures import heat_map as heat_map
 from .figures import intervals as intervals
 from .figures import small_multiples as small_multiples
 from .statistics import Interval as Interval
+from .statistics import holm as holm
 from .statistics import mean_and_standard_error as mean_and_standard_error
 from .statistics import paired_interval as paired_interval
+from .statistics import paired_p_value as paired_p_value
 from .statistics import student_t_quantile as student_t_quantile
 
 __all__ = [
@@ -29,10 +31,12 @@ __all__ = [
     "arrows",
     "curves",
     "heat_map",
+    "holm",
     "intervals",
     "mean_and_standard_error",
     "page",
     "paired_interval",
+    "paired_p_value",
     "small_multiples",
     "student_t_quantile",
     "write_report",

@@ -1,6 +1,7 @@
 """What a few seeds can say: a mean, its standard error, and Student's interval for paired differences."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +55,38 @@ def paired_interval(differences: Any, confidence: float = 0.95) -> Interval:
         return Interval(mean, -math.inf, math.inf)
     half = student_t_quantile((1 + confidence) / 2, len(differences) - 1) * error
     return Interval(mean, mean - half, mean + half)
+
+
+def paired_p_value(differences: Any) -> float:
+    """Student's two-sided p-value of paired differences against a mean of zero.
+
+    Args:
+        differences: [n], one difference a seed. A NaN gives a NaN.
+
+    Returns:
+        the probability of a mean as far from zero, were the differences normal with mean zero; 1 for one difference,
+        which says nothing of the spread.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    mean, _, _ = paired_interval(differences)
+    if math.isnan(mean) or len(differences) == 1:
+        return mean if math.isnan(mean) else 1.0
+    degrees = len(differences) - 1
+    _, error = mean_and_standard_error(differences)
+    return 1.0 - _central_probability(math.atan2(abs(mean), error * math.sqrt(degrees)), degrees)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several questions asked together, adjusted after Holm (1979): below α, a question is answered so that
+    the chance of one wrong answer or more among all is at most α. A NaN counts as a question that was asked, and stays.
+    """
+    filled = [1.0 if math.isnan(p) else p for p in p_values]
+    adjusted, largest = list(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(filled)), key=filled.__getitem__)):
+        largest = max(largest, min(1.0, (len(filled) - rank) * filled[index]))
+        if not math.isnan(p_values[index]):
+            adjusted[index] = largest
+    return adjusted
 
 
 def student_t_quantile(probability: float, degrees_of_freedom: int) -> float:

@@ -1,4 +1,4 @@
-"""The tour: one page on what is done with symmetries here, in four parts that take minutes.
+"""The tour: one page on what is done with symmetries here, in five parts that take minutes.
 
 Part one, small transformers on real text, with and without symmetry breaking, under four optimisers. Protocol, fixed
 before any run:
@@ -16,13 +16,11 @@ before any run:
 
 Part two, attention between poses: `erlangen.studies.tour_lie`. Part three, motifs that were never seen and the other
 strand: `erlangen.studies.tour_finite`. Part four, a model of part one in other numbers: `erlangen.studies.tour_gauge`.
+Part five, the symmetry of heads broken or reduced: `erlangen.studies.tour_quotient`.
 """
 
-import functools
-import json
 import os
 import platform
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,15 +34,14 @@ import erlangen
 from erlangen import lm, report
 from erlangen._extras import require
 from erlangen.lm import BreakingConfig, DataConfig, GPTConfig, OptimizerConfig, TrainConfig
-from erlangen.lm.checkpoint import checkpoints
-from erlangen.lm.logs import read_jsonl
 from erlangen.lm.settings import OptimizerName, to_dict
 from erlangen.optim import OPTIMIZERS
 
-from . import finite_motifs, lie_completion, tour_finite, tour_gauge, tour_lie
-from ._jobs import Job, Progress, Tick, at_least_one
+from . import _runs, finite_motifs, lie_completion, tour_finite, tour_gauge, tour_lie, tour_quotient
+from ._jobs import Progress, at_least_one
 from ._jobs import execute as execute_jobs
 from ._reading import Part, by_seed, verdict, with_error
+from ._runs import is_finished as is_finished
 
 LEARNING_RATES: dict[OptimizerName, float] = {"adamw": 3e-3, "sgdm": 0.1, "soap": 3e-2, "ecd": 3.0}
 """Learning rate of each optimiser, from the scan in benchmarks/results/tour_learning_rates.csv."""
@@ -62,7 +59,7 @@ class TourConfig:
     seeds: int = 3
     """Seeds for each arm."""
     steps: int = 500
-    """Steps of each run of part one; those of part two are 6/5 as many, of part three 3/10."""
+    """Steps of each run of part one; those of part two are 6/5 as many, of part three 3/10, of part five 1/5."""
     workers: int | None = None
     """Runs at a time, each on one thread; None for one a core."""
 
@@ -121,69 +118,16 @@ def declared_runs(config: TourConfig) -> list[Run]:
 # Running
 
 
-@functools.cache
-def _corpus(source: str) -> lm.Corpus:
-    return lm.load_corpus(source)
-
-
-def _work(tick: Tick, config: TrainConfig) -> None:
-    """Run, or go on with, one run in a worker. Told to stop, it leaves a checkpoint."""
-    assert config.out is not None
-
-    def progress(step: int, record: Mapping[str, Any]) -> None:
-        if tick(step):
-            os.kill(os.getpid(), signal.SIGTERM)  # which the loop hears; a second SIGINT would cut the step short
-
-    corpus = _corpus(config.data.corpus)
-    if checkpoints(config.out):
-        result = lm.resume(config.out, corpus=corpus, progress=progress)
-    else:
-        result = lm.train(config, corpus=corpus, progress=progress)
-    if not result.finished:
-        raise KeyboardInterrupt
-
-
-def is_finished(config: TrainConfig) -> bool:
-    """Whether this very run is on disk, whole.
-
-    Raises:
-        ValueError: another run is there.
-    """
-    assert config.out is not None
-    path = config.out / "config.json"
-    if not path.exists():
-        return False
-    expected = json.loads(json.dumps(to_dict(replace(config, model=replace(config.model, vocab_size=256)))))
-    if json.loads(path.read_text()) != expected:
-        raise ValueError(
-            f"{config.out} holds a run with other settings: remove {config.out.parent} or choose another folder"
-        )
-    log = config.out / "log.jsonl"
-    return log.exists() and any(
-        record["step"] == config.steps and "validation_loss" in record for record in read_jsonl(log)
-    )
-
-
-def jobs(configs: Sequence[TrainConfig]) -> list[Job]:
-    """A job a run. Stopped, it is found again and gone on with.
-
-    Raises:
-        ValueError: another run is in the folder of one.
-    """
-    return [Job(work=_work, arguments=(c,), steps=c.steps, finished=is_finished(c)) for c in configs]
-
-
 def execute(configs: Sequence[TrainConfig], *, workers: int | None = None, progress: Progress | None = None) -> None:
     """Run every config that is not on disk yet, several at a time, each on one thread."""
-    execute_jobs(jobs(configs), workers=workers, progress=progress)
+    execute_jobs(_runs.jobs(configs), workers=workers, progress=progress)
 
 
 # Reading
 
 
 def _read(run: Run) -> dict[str, Any]:
-    assert run.config.out is not None
-    records = read_jsonl(run.config.out / "log.jsonl")
+    records = _runs.records(run.config)
     validation = [record for record in records if "validation_loss" in record]
     charges = [record for record in validation if "charges" in record]
 
@@ -388,6 +332,7 @@ def write_report(
     poses: Sequence[Mapping[str, Any]],
     motifs: Sequence[Mapping[str, Any]],
     moved: Sequence[Mapping[str, Any]],
+    reduced: Sequence[Mapping[str, Any]],
     seconds: float,
 ) -> Path:
     """The HTML report, with JSON and CSV beside it.
@@ -398,6 +343,7 @@ def write_report(
         poses: records of part two, from `lie_completion.measure`.
         motifs: records of part three, from `tour_finite.measure`.
         moved: records of part four, from `tour_gauge.measure`.
+        reduced: records of part five, from `tour_quotient.measure`.
         seconds: what this call took.
     """
     machine = (
@@ -408,15 +354,18 @@ def write_report(
         tour_lie.part(_poses_config(config), poses),
         tour_finite.part(_motifs_config(config), motifs),
         tour_gauge.part(moved),
+        tour_quotient.part(reduced),
     ]
     reading = report.Section("How to read this", [
         "These models are small and their training short: the tour shows the instruments, not a verdict on models "
         "of other sizes. In part one, one learning rate an optimiser was chosen on another seed, from a scan over both "
         "arms (`benchmarks/results/tour_learning_rates.csv`). Optimisers are not ranked here: their scans were coarse. "
         "In parts two and three the rates come from such scans too "
-        "(`benchmarks/results/lie_completion_learning_rates.csv` and `finite_motifs_learning_rates.csv`).",
+        "(`benchmarks/results/lie_completion_learning_rates.csv` and `finite_motifs_learning_rates.csv`), in "
+        "part five they are the middle of a grid (`docs/break-or-reduce.md`).",
         f"Made by `erlangen tour --seeds {config.seeds} --steps {config.steps}` on {machine}; its last call took "
-        f"{seconds:.0f} s. The logs of all runs are in the folders `runs`, `lie` and `finite` beside this file.",
+        f"{seconds:.0f} s. The logs of all runs are in the folders `runs`, `lie`, `finite` and `quotient` beside this "
+        "file.",
     ])  # fmt: skip
     html = report.page(
         "A tour of symmetry in attention",
@@ -435,6 +384,7 @@ def write_report(
             "lie": poses,
             "finite": motifs,
             "gauge": moved,
+            "quotient": reduced,
         },
         {key: table for part in parts for key, table in part.tables.items()},
     )
@@ -450,12 +400,18 @@ def _motifs_config(config: TourConfig) -> finite_motifs.MotifConfig:
     )
 
 
+def _reduction_runs(config: TourConfig) -> list[tour_quotient.Run]:
+    return tour_quotient.declared_runs(out=config.out / "quotient", seeds=config.seeds, steps=max(1, config.steps // 5))
+
+
 def _models(config: TourConfig) -> tuple[dict[str, Path], torch.Tensor]:
     """Folders of the runs that part four compares, and the text."""
     runs = {"AdamW, seed 0": "adamw-symmetric-0", "SGD with momentum, seed 0": "sgdm-symmetric-0"}
     if config.seeds > 1:
         runs["AdamW, seed 1"] = "adamw-symmetric-1"
-    return {name: config.out / "runs" / run for name, run in runs.items()}, tour_gauge.text_of(_corpus("stdlib"))
+    return {name: config.out / "runs" / run for name, run in runs.items()}, tour_gauge.text_of(
+        _runs.corpus(DataConfig(corpus="stdlib"))
+    )
 
 
 def tour(config: TourConfig, *, progress: Progress | None = None) -> Path:
@@ -470,11 +426,23 @@ def tour(config: TourConfig, *, progress: Progress | None = None) -> Path:
     """
     require("matplotlib", "report")
     started = time.monotonic()
-    poses, motifs, runs = _poses_config(config), _motifs_config(config), declared_runs(config)
+    poses, motifs = _poses_config(config), _motifs_config(config)
+    runs, reduced = declared_runs(config), _reduction_runs(config)
     declared = [
         *lie_completion.declared_jobs(poses, lie_completion.kept_cells(poses)),
         *tour_finite.declared_jobs(motifs, finite_motifs.kept_cells(motifs)),
     ]
-    execute_jobs([*declared, *jobs([run.config for run in runs])], workers=config.workers, progress=progress)
+    jobs = [
+        *declared,
+        *_runs.jobs([run.config for run in runs]),
+        *_runs.jobs([run.config for run in reduced]),
+    ]
+    execute_jobs(jobs, workers=config.workers, progress=progress)
     measured = lie_completion.measure(poses), tour_finite.measure(motifs), tour_gauge.measure(*_models(config))
-    return write_report(config, [_read(run) for run in runs], *measured, time.monotonic() - started)
+    return write_report(
+        config,
+        [_read(run) for run in runs],
+        *measured,
+        tour_quotient.measure(reduced),
+        time.monotonic() - started,
+    )

@@ -1,0 +1,309 @@
+"""The rule, the tables and the report."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from erlangen import report
+from erlangen._extras import require
+
+from .._jobs import Progress
+from .._reading import by_seed, copy_tables, verdict, with_error
+from .arms import ARMS, TITLES
+from .study import QUANTITIES, BreakOrReduceConfig, measure
+
+Records = Sequence[Mapping[str, Any]]
+COMPARED = (
+    *((arm, "plain") for arm in ARMS if arm != "plain"),
+    *(("noise", arm) for arm in ("horizontal", "dressed", "invariant")),
+)
+SIGNIFICANCE = 0.05
+LABELS = {
+    "vertical_share": "share along the gauge",
+    "charge_drift": "drift of the charge",
+    "orbit_distance": "distance up to gauge",
+    "stored_distance": "distance as stored",
+}
+
+
+def run(config: BreakOrReduceConfig, progress: Progress | None = None) -> Path:
+    """Run what is declared and not on disk yet, and write the report.
+
+    Returns:
+        the path of the HTML file; JSON, CSV and the figures lie beside it.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: the folder holds runs of other settings.
+    """
+    require("matplotlib", "report")
+    return _write_report(config, *measure(config, progress))
+
+
+def values(records: Records, optimizer: str, arm: str, key: str = "loss") -> np.ndarray:
+    """A number of a case, by seed [seeds]; of a list, its last."""
+    chosen = [r[key] for r in by_seed(records, optimizer=optimizer, arm=arm)]
+    return np.array([(v[-1] if v else math.nan) if isinstance(v, list) else v for v in chosen], dtype=float)
+
+
+def compare(config: BreakOrReduceConfig, records: Records) -> list[dict[str, Any]]:
+    """The comparisons of the rule.
+
+    Returns:
+        a row each: optimizer, first, second, ``difference`` (first minus second) a seed, ``interval`` (95 %, Student),
+        ``p``, ``holm`` (p adjusted for all rows), and ``reading``. Where a run could not go on the three are NaN.
+    """
+    rows: list[dict[str, Any]] = []
+    for optimizer in config.optimizers:
+        for first, second in COMPARED:
+            losses = {arm: values(records, optimizer, arm) for arm in (first, second)}
+            stopped = {arm: int(np.isinf(found).sum()) for arm, found in losses.items()}
+            row: dict[str, Any] = {"optimizer": optimizer, "first": first, "second": second, "stopped": stopped}
+            if any(stopped.values()):
+                nothing = np.full(len(losses[first]), np.nan)
+                row |= {"difference": nothing, "interval": report.Interval(*[math.nan] * 3), "p": math.nan}
+            else:
+                difference = losses[first] - losses[second]
+                row |= {
+                    "difference": difference,
+                    "interval": report.paired_interval(difference),
+                    "p": report.paired_p_value(difference),
+                }
+            rows.append(row)
+    for row, adjusted in zip(rows, report.holm([row["p"] for row in rows])):
+        row |= {"holm": adjusted, "reading": _reading(row, adjusted)}
+    return rows
+
+
+def _reading(row: Mapping[str, Any], adjusted: float) -> str:
+    stopped = [f"{count} of {len(row['difference'])} runs of {arm}" for arm, count in row["stopped"].items() if count]
+    if stopped:
+        return f"no interval: {' and '.join(stopped)} could not go on"
+    called = verdict(row["first"], row["second"], row["interval"])
+    return f"a hint: {called}" if called.endswith("is better") and adjusted >= SIGNIFICANCE else called
+
+
+# Tables
+
+
+def tables(config: BreakOrReduceConfig, tuned: Records, records: Records) -> dict[str, report.Table]:
+    """All tables of the report, by the name of their file."""
+    return {
+        "overview": _overview_table(config, records),
+        "tuning": _tuning_table(tuned),
+        "losses": _loss_table(config, records),
+        "differences": _difference_table(config, records),
+        "gauge": _gauge_table(config, records),
+        "runs": _run_table(records),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _tuning_table(tuned: Records) -> report.Table:
+    return report.Table(
+        ("Optimiser", "Arm", "Rates", "Loss, low rate", "Loss, middle rate", "Loss, high rate", "Chosen",
+         "At the edge"),
+        [
+            (
+                TITLES[r["optimizer"]], r["arm"], ", ".join(f"{rate:g}" for rate in r["rates"]),
+                *(_finite(loss) for loss in r["losses"]), r["rate"], "yes" if r["edge"] else "no",
+            )
+            for r in tuned
+        ],
+        "The choice of learning rates, on one seed that is not used again: held-out loss at the last step, nats a "
+        "token. An empty cell is a run that could not go on. Where the choice is at the edge of the grid, a better "
+        "rate may lie beyond it.",
+        formats={f"Loss, {which} rate": ".4f" for which in ("low", "middle", "high")} | {"Chosen": "g"},
+    )  # fmt: skip
+
+
+def _loss_table(config: BreakOrReduceConfig, records: Records) -> report.Table:
+    rows = []
+    for optimizer, arm in config.cases:
+        losses = values(records, optimizer, arm)
+        mean = with_error(losses, ".4f", ".4f") if np.isfinite(losses).all() else "–"
+        time = float(np.median(values(records, optimizer, arm, "milliseconds")))
+        rate = by_seed(records, optimizer=optimizer, arm=arm)[0]["lr"]
+        rows.append((TITLES[optimizer], arm, rate, mean, *(_finite(loss) for loss in losses.tolist()), time))
+    seeds = [f"Seed {seed}" for seed in range(config.seeds)]
+    return report.Table(
+        ("Optimiser", "Arm", "Learning rate", "Loss", *seeds, "Step, ms"),
+        rows,
+        "Held-out loss at the last step, nats a token: mean over seeds ± standard error of that mean, and each seed; "
+        "median time of a step on one thread of a machine that was busy otherwise, which is no benchmark.",
+        formats={"Learning rate": "g", "Step, ms": ".1f"} | dict.fromkeys(seeds, ".4f"),
+    )
+
+
+def _overview_table(config: BreakOrReduceConfig, records: Records) -> report.Table:
+    found = {(r["first"], r["second"], r["optimizer"]): r for r in compare(config, records)}
+
+    def cell(row: Mapping[str, Any]) -> str | None:
+        if not math.isfinite(row["interval"].mean):
+            return None
+        called, hint = row["reading"].endswith("is better"), row["reading"].startswith("a hint")
+        return f"{row['interval'].mean:+.3f}{' ○' if hint else ' ●' if called else ''}".replace("-", "−")
+
+    return report.Table(
+        ("First − second", *(TITLES[optimizer] for optimizer in config.optimizers)),
+        [
+            (f"{first} − {second}", *(cell(found[first, second, optimizer]) for optimizer in config.optimizers))
+            for first, second in COMPARED
+        ],
+        "Differences of the held-out losses, nats a token, mean over seeds: below zero the first is better. "
+        f"● holds for all {len(found)} comparisons together at {100 * SIGNIFICANCE:g} % (Holm); ○ a hint: its 95 % "
+        "interval leaves out zero, which one in twenty does by chance.",
+    )
+
+
+def _difference_table(config: BreakOrReduceConfig, records: Records) -> report.Table:
+    rows = compare(config, records)
+    return report.Table(
+        ("Optimiser", "Compared", "Difference", "p", "p, Holm", "Reading"),
+        [
+            (
+                TITLES[r["optimizer"]], f"{r['first']} − {r['second']}",
+                *(r[key] for key in ("interval", "p", "holm", "reading")),
+            )
+            for r in rows
+        ],
+        "Paired differences of the held-out losses, with 95 % Student intervals over seeds.",
+        f"{len(rows)} intervals are looked at together: one in twenty leaves out zero by chance, which is then called "
+        f"a hint. A difference is called where it holds for all together at {100 * SIGNIFICANCE:g} % (Holm).",
+        {"Difference": "+.4f", "p": ".2g", "p, Holm": ".2g"},
+    )  # fmt: skip
+
+
+def _gauge_table(config: BreakOrReduceConfig, records: Records) -> report.Table:
+    return report.Table(
+        ("Optimiser", "Arm", *(f"{label[0].upper()}{label[1:]}" for label in LABELS.values())),
+        [
+            (
+                TITLES[optimizer], arm,
+                *(with_error(values(records, optimizer, arm, name), ".2g", ".1g") for name in QUANTITIES),
+            )
+            for optimizer, arm in config.cases
+        ],
+        "Heads at the end: share of the last step that lies along the gauge (of a broken model: along what was one), "
+        "drift of the charges since the start, and how far the heads are from the start, up to gauge and as stored. "
+        "Mean over seeds ± standard error.",
+    )  # fmt: skip
+
+
+def _run_table(records: Records) -> report.Table:
+    return report.Table(
+        ("Optimiser", "Arm", "Seed", "Learning rate", "Loss", *(LABELS[name] for name in QUANTITIES), "Step, ms",
+         "Why it could not go on"),
+        [
+            (
+                r["optimizer"], r["arm"], r["seed"], r["lr"], _finite(r["loss"]),
+                *(r[name][-1] if r[name] else None for name in QUANTITIES), r["milliseconds"], r["failure"] or "",
+            )
+            for r in records
+        ],
+        "Every run: the held-out loss at the last step, and the heads at the last measurement.",
+        formats={"Learning rate": "g", "Loss": ".4f", "Step, ms": ".1f"},
+    )  # fmt: skip
+
+
+# The report
+
+
+def _curves(records: Records, optimizer: str, x: str, y: str) -> list[report.Series]:
+    """A series an arm; a run that could not go on ends early."""
+    series = []
+    for arm in ARMS:
+        runs = by_seed(records, optimizer=optimizer, arm=arm)
+        steps = max((r[x] for r in runs), key=len)
+        if steps:
+            drawn = [[*r[y], *[math.nan] * (len(steps) - len(r[y]))] for r in runs]
+            series.append(report.Series(arm, steps, np.array(drawn, dtype=float)))
+    return series
+
+
+def curves(config: BreakOrReduceConfig, records: Records, x: str, y: str, label: str, log_y: bool) -> report.Figure:
+    """A quantity during training, a panel an optimiser."""
+    panels = {TITLES[o]: _curves(records, o, x, y) for o in config.optimizers}
+    return report.Figure(
+        report.small_multiples(panels, x_label="step", y_label=label, log_y=log_y),
+        f"{label[0].upper()}{label[1:]} during training: mean over seeds with a band of ± one standard error.",
+        f"Curves of the {label}, a panel for each optimiser, a curve for each arm.",
+    )
+
+
+def forest(comparison: Records, optimizer: str) -> report.Figure:
+    """The comparisons of one optimiser."""
+    rows = [
+        report.IntervalRow(f"{r['first']} − {r['second']}", *r["interval"], points=tuple(r["difference"]))
+        for r in comparison
+        if r["optimizer"] == optimizer
+    ]
+    return report.Figure(
+        report.intervals(rows, x_label="difference of held-out losses, nats a token", title=TITLES[optimizer]),
+        f"{TITLES[optimizer]}: mean, 95 % interval, each seed. Left of zero the first is better.",
+        f"Forest plot of the paired differences under {TITLES[optimizer]}.",
+    )
+
+
+def _summary(config: BreakOrReduceConfig, comparison: Records) -> list[str]:
+    """What the rule says: how often, then by optimiser."""
+    called = [r for r in comparison if r["reading"].endswith("is better")]
+    hints = sum(r["reading"].startswith("a hint") for r in called)
+    paragraphs = [
+        f"{len(comparison)} comparisons: {len(called) - hints} differences, {hints} hints of one (intervals that leave "
+        "out zero, but not for all comparisons together)."
+    ]
+    for optimizer in config.optimizers:
+        rows = [r for r in called if r["optimizer"] == optimizer]
+        found = (
+            "; ".join(f"{r['first']} against {r['second']} {r['interval']:+.3f}, {r['reading']}" for r in rows)
+            or "nothing is told apart"
+        )
+        paragraphs.append(f"{TITLES[optimizer]}: {found}.")
+    return paragraphs
+
+
+def _write_report(config: BreakOrReduceConfig, tuned: Records, records: Records) -> Path:
+    every, comparison, size = tables(config, tuned, records), compare(config, records), config.scale
+    figures = {
+        "losses": curves(config, records, "steps", "validation", "held-out loss, nats a token", False),
+        "vertical": curves(config, records, "gauge_steps", "vertical_share", LABELS["vertical_share"], True),
+        "drift": curves(config, records, "gauge_steps", "charge_drift", LABELS["charge_drift"], True),
+        "orbit": curves(config, records, "gauge_steps", "orbit_distance", LABELS["orbit_distance"], False),
+    } | {f"forest_{optimizer}": forest(comparison, optimizer) for optimizer in config.optimizers}
+    model = size.model
+    sections = [
+        report.Section("What was run", [
+            f"A transformer of {model.num_layers} layers, {model.num_heads} heads and width {model.dim}, without "
+            f"biases in attention, {size.steps} steps of {size.batch_size} windows of {model.context_length} tokens of "
+            f"{size.data.corpus}: {len(config.cases)} cases, three learning rates each on one seed, then "
+            f"{config.seeds} seeds at the best. The protocol is the docstring of `erlangen.studies.break_or_reduce`.",
+        ]),
+        report.Section("Break or reduce?", [
+            every["overview"], *(figures[f"forest_{optimizer}"] for optimizer in config.optimizers), every["losses"],
+        ]),
+        report.Section("Training", [figures["losses"]]),
+        report.Section("The heads", [
+            "Moves of the heads along their gauge change nothing that a plain model computes. Here is how much of a "
+            "step lies along them, in the stored numbers as they are, and how far the heads have come.",
+            figures["vertical"], figures["drift"], figures["orbit"], every["gauge"],
+        ]),
+        report.Section("Learning rates", [every["tuning"]]),
+        report.Section("Every comparison", [every["differences"]]),
+        report.Section("Every run", [every["runs"]]),
+    ]  # fmt: skip
+    html = report.page("Break or reduce?", _summary(config, comparison), sections)
+    data = {"config": config, "tuning": tuned, "runs": records, "comparison": comparison}
+    path = report.write_report(config.out, "break_or_reduce", html, data, every)
+    copy_tables(config.csv, "break_or_reduce", every)
+    for folder in (config.out, config.csv):
+        if folder is not None:
+            for name, figure in figures.items():
+                (folder / f"break_or_reduce_{name}.svg").write_text(figure.svg)
+    return path
