@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_the_rule_by_hand():
         assert called == (expected < 0.05) and row["reading"].startswith("a hint") == (called and adjusted >= 0.05)
     readings = {(r["optimizer"], r["first"], r["second"]): r["reading"] for r in rows}
     marks = {row[0]: row[1] for row in results._overview_table(config, records_of(losses)).rows}
-    assert marks["noise − plain"] == "+0.500 ●" and marks["horizontal − plain"] == "−0.025 ○"
+    assert marks["noise − plain"] == "+0.500\u00a0●" and marks["horizontal − plain"] == "−0.025\u00a0○"
     assert readings["sgdm", "noise", "plain"] == "plain is better"
     assert readings["sgdm", "noise", "invariant"] == "invariant is better"
     assert readings["sgdm", "mean", "plain"] == readings["sgdm", "dressed", "plain"] == "no difference shown"
@@ -219,6 +220,22 @@ def test_a_run_that_diverges_is_finished_and_infinitely_bad(tmp_path, text_file)
     (job,) = _runs.jobs([replace(run, out=tmp_path / "other")])
     with pytest.raises(lm.TrainingError, match="loss is"):
         job.work(never, *job.arguments)
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, text_file):
+    whole = small(tmp_path, text_file, optimizer="adamw", arm="dressed", lr=3e-3, steps=6)
+    cut = replace(whole, out=tmp_path / "cut")
+    for run in (whole, cut):
+        (job,) = _runs.jobs([run], log_only=True)
+        if run is cut:
+            with pytest.raises(KeyboardInterrupt):
+                job.work(lambda step: step == 3, *job.arguments)
+            assert checkpoints(run.out) and not _runs.is_finished(run)
+        job.work(never, *job.arguments)
+        assert _runs.is_finished(run) and not checkpoints(run.out)
+    logs = [[r | {"seconds": None} for r in _runs.records(run)] for run in (whole, cut)]
+    assert logs[0] == logs[1]
 
 
 def test_a_full_disk_is_no_result(tmp_path, text_file, monkeypatch):
@@ -352,6 +369,12 @@ def test_the_part_of_the_tour_reads_its_runs_by_hand(tmp_path):
     for row in tour_quotient.compare(records):
         by_hand = [loss[row["optimizer"], row["arm"], s] - loss[row["optimizer"], "plain", s] for s in (0, 1)]
         assert row["interval"].mean == pytest.approx(sum(by_hand) / 2)
+    shown = sum(row["verdict"].endswith("is better") for row in tour_quotient.compare(records))
+    assert f"{shown} of 8 differences shown" in part.summary and part.summary.count("is better") == shown
+    worse = [r | {"loss": 4.0 + r["loss"] * 1e-6} if r["arm"] == "noise" else r | {"loss": 3.0} for r in records]
+    assert tour_quotient.part(worse).summary.endswith(
+        "2 of 8 differences shown: SGD with momentum, plain is better than noise; AdamW, plain is better than noise."
+    )
     page = report.page("x", part.summary, part.sections)
     assert all(f">{value:.4f}<" in page for value in loss.values()) and "Part five" in page
     assert len(part.tables["quotient"].rows) == 10 and len(part.tables["quotient_seeds"].rows) == 20

@@ -90,15 +90,16 @@ def _summary(config: lm.TrainConfig, records: Records, validations: Records) -> 
             "in which its function does not change"
         )  # fmt: skip
         lines.append(
-            f"Of the last step, {_per_cent(found['vertical_share'])} of the squared size on heads went in directions "
-            f"{what}. Since the start, the products of the heads have moved by {_per_cent(found['orbit_distance'])} of "
-            f"their size, and the numbers that are stored by {_per_cent(found['stored_distance'])}."
+            f"Of the last step, {per_cent(found['vertical_share'])} of the squared size on heads went in directions "
+            f"{what}. Since the start, the products of the heads have moved by {per_cent(found['orbit_distance'])} of "
+            f"their size, and the numbers that are stored by {per_cent(found['stored_distance'])}."
         )
     return lines
 
 
-def _per_cent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.2g} %"
+def per_cent(share: float) -> str:
+    """A share in words: two digits, and nothing below a thousandth of a per cent."""
+    return "under 0.001 %" if 0 < share < 1e-5 else f"{100 * share:.2g} %"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -121,7 +122,8 @@ def _loss(records: Records, validations: Records) -> list[str | report.Figure | 
             len(training) > _POINTS
         )
         body.append(report.Figure(
-            report.curves(series, x_label="step", y_label="nats a token"), f"Loss.{thinned}",
+            report.curves(series, x_label="step", y_label="nats a token"),
+            f"Loss on the batch of each step, and on the validation windows.{thinned}",
             "Curves of the training and the validation loss over the steps.",
         ))  # fmt: skip
     shown = _thin(validations)

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from erlangen import lm
 from erlangen.lm.settings import from_dict
 
+from ._train_page import per_cent, write_train_page
+
 _DESCRIPTION = """\
 Train a language model.
 
@@ -100,18 +102,14 @@ class Reporter:
 
 def _gauge_words(found: Mapping[str, Any] | None) -> str:
     """What a validation says of the gauge directions, to go on its line."""
-    if found is None or found["vertical_share"] is None:
+    if found is None:
         return ""
-    share, drift, distance = (
-        f"{100 * found[name]:.2g} %" for name in ("vertical_share", "charge_drift", "orbit_distance")
-    )
+    share, drift, distance = (per_cent(found[name]) for name in ("vertical_share", "charge_drift", "orbit_distance"))
     return f"; along gauge {share}, charge drift {drift}, products moved {distance}"
 
 
 def _write_page(result: lm.TrainResult, console: Console) -> None:
     """Write the page of a finished run; that it cannot be written is no failure of the run."""
-    from ._train_page import write_train_page
-
     try:
         config = from_dict(lm.TrainConfig, json.loads((result.folder / "config.json").read_text()))
         path = write_train_page(result, config)

@@ -62,18 +62,17 @@ class _Strips:
                 found.append((slice(b, min(b + step, self.batch)), rows, stop if self.causal else self.num_keys))
         return found
 
-    def room(self, name: str, *shape: int) -> Tensor:
-        """Memory for a strip, the same for all of a call: what was in it is overwritten."""
-        size = torch.Size(shape).numel()
-        if name not in self.rooms or self.rooms[name].numel() < size:
-            # causal strips grow
-            self.rooms[name] = self.keys.new_empty(size // max(1, shape[-1]) * self.num_keys)
-        return self.rooms[name][:size].view(shape)
+    def room(self, name: str, planes: int, batch: slice, rows: slice, num_keys: int) -> Tensor:
+        """Memory for a strip, [b, planes, q, k], the same for all of a call: what was in it is overwritten."""
+        shape = (batch.stop - batch.start, planes, rows.stop - rows.start)
+        size = shape[0] * shape[1] * shape[2]
+        if name not in self.rooms:  # no strip has more rows than the first; causal ones grow in keys
+            self.rooms[name] = self.keys.new_empty(size * self.num_keys)
+        return self.rooms[name][: size * num_keys].view(*shape, num_keys)
 
     def pairs(self, batch: slice, rows: slice, num_keys: int) -> Tensor:
         """What the scores are linear in, [b, F, q, k]."""
-        shape = (batch.stop - batch.start, rows.stop - rows.start, num_keys)
-        pairs = self.room("pairs", shape[0], 3, *shape[1:])
+        pairs = self.room("pairs", 3, batch, rows, num_keys)
         gram, scaled, values = pairs.unbind(1)
         torch.bmm(self.keys[batch, rows], self.keys[batch, :num_keys].mT, out=gram)
         torch.mul(gram, self.scale[batch, None, :num_keys], out=scaled).mul_(self.scale[batch, rows, None])
@@ -83,8 +82,8 @@ class _Strips:
     def weights(self, pairs: Tensor, batch: slice, rows: slice) -> Tensor:
         """α, [b, H, q, k]."""
         size, _, num_rows, num_keys = pairs.shape
-        scores = self.room("scores", size, self.num_heads, num_rows, num_keys)
-        torch.bmm(self.numbers.expand(size, -1, -1), pairs.flatten(2), out=scores.view(size, self.num_heads, -1))
+        scores = self.room("scores", self.num_heads, batch, rows, num_keys)
+        torch.bmm(self.numbers.expand(size, -1, -1), pairs.flatten(2), out=scores.flatten(2))
         if self.features is not None:
             by_head = scores.view(size, -1, num_keys)
             by_head.baddbmm_(self.pulled_queries(batch, rows), self.features[batch, :num_keys].mT)
@@ -95,24 +94,24 @@ class _Strips:
         if self.causal:
             later = torch.ones(num_rows, num_rows, dtype=torch.bool, device=scores.device).triu_(1)
             scores[..., rows].masked_fill_(later, -torch.inf)
-        return torch.softmax(scores, -1, out=self.room("weights", *scores.shape))
+        return torch.softmax(scores, -1, out=self.room("weights", self.num_heads, batch, rows, num_keys))
 
     def pulled_queries(self, batch: slice, rows: slice) -> Tensor:
         """W_hᵀ s_i, [b, H·q, R]."""
         assert self.features is not None and self.content is not None
         return (self.features[batch, None, rows] @ self.content).flatten(1, 2)
 
-    def mixed(self, weights: Tensor, out: Tensor) -> Tensor:
-        """T, [b, 1, q·k]."""
-        return torch.bmm(self.mix.expand(len(weights), 1, -1), weights.flatten(2), out=out)
+    def mix_into(self, out: Tensor, weights: Tensor) -> None:
+        """Write T to [b, 1, q, k]."""
+        torch.bmm(self.mix.expand(len(weights), 1, -1), weights.flatten(2), out=out.flatten(2))
 
     def forward(self) -> Tensor:
         output = self.keys.new_empty(self.batch, self.num_tokens, self.dim)
         for batch, rows, num_keys in self.strips():
-            weights = self.weights(self.pairs(batch, rows, num_keys), batch, rows)
-            size, _, *strip = weights.shape
-            mixed = self.mixed(weights, self.room("mixed", size, 1, strip[0] * num_keys)).view(size, *strip)
-            output[batch, rows.start - self.first : rows.stop - self.first] = mixed @ self.keys[batch, :num_keys]
+            mixed = self.room("mixed", 1, batch, rows, num_keys)
+            self.mix_into(mixed, self.weights(self.pairs(batch, rows, num_keys), batch, rows))
+            tokens = slice(rows.start - self.first, rows.stop - self.first)
+            torch.bmm(mixed[:, 0], self.keys[batch, :num_keys], out=output[batch, tokens])
         return output
 
     def backward(self, grad_BND: Tensor) -> _Gradients:
@@ -130,18 +129,18 @@ class _Strips:
             pairs = self.pairs(batch, rows, num_keys)
             weights = self.weights(pairs, batch, rows)
             size, num_rows = queries.shape[:2]
-            received = torch.bmm(grad, keys.mT, out=self.room("received", size, num_rows, num_keys))
-            # T, and gradients of the pairs
-            found = self.room("found", size, 4, num_rows * num_keys)
-            self.mixed(weights, found[:, :1])
+            received = self.room("received", 1, batch, rows, num_keys)
+            torch.bmm(grad, keys.mT, out=received[:, 0])
+            found = self.room("found", 4, batch, rows, num_keys)  # T, and gradients of the pairs
+            self.mix_into(found[:, :1], weights)
             # c_h times this is the gradient of the scores, whose memory it takes
-            to_scores = torch.mul(weights, received[:, None], out=self.room("scores", *weights.shape))
+            to_scores = torch.mul(weights, received, out=self.room("scores", self.num_heads, batch, rows, num_keys))
             mean = to_scores.sum(-1, keepdim=True)
             to_scores.addcmul_(weights, mean, value=-1.0)
             to_mix += mean.sum((0, 2, 3))
             flat = to_scores.flatten(2)
             to_numbers += (flat @ pairs.flatten(2).mT).sum(0)
-            torch.bmm(mixed_numbers_HF.T.expand(size, -1, -1), flat, out=found[:, 1:])
+            torch.bmm(mixed_numbers_HF.T.expand(size, -1, -1), flat, out=found[:, 1:].flatten(2))
             if self.features is not None and self.content is not None:
                 by_head = (to_scores.flatten(1, 2) @ self.features[batch, :num_keys]).unflatten(1, (-1, num_rows))
                 by_head *= self.mix[:, None, None]
@@ -149,7 +148,6 @@ class _Strips:
                 to_features[batch, rows] += (by_head @ self.content.mT).sum(1)
                 pulled = self.pulled_queries(batch, rows) * self.mix.repeat_interleave(num_rows)[:, None]
                 to_features[batch, :num_keys].baddbmm_(to_scores.flatten(1, 2).mT, pulled)
-            found = found.unflatten(2, (num_rows, num_keys))
             _, to_gram, to_scaled, to_values = found.unbind(1)
             to_value[batch, :num_keys] += to_values.sum(1)
             # Of u_i u_j G_ij: first what G receives, then what u_i does, then u_j

@@ -40,7 +40,8 @@ from . import forms
 from ._pairs import HeadPair
 from .layout import Rotary
 
-_MOST = 2**24  # numbers of a factor that are taken together
+# Numbers of a factor that are taken together: what stays near the caches of a CPU, what fills a GPU.
+_MOST_ON_CPU, _MOST = 2**20, 2**24
 
 # --- planes and the rest of a pair ------------------------------------------------------------------------------------
 
@@ -327,7 +328,8 @@ def batches(pairs: Sequence[HeadPair], parameters: Mapping[str, Tensor]) -> tupl
         first, second = pair.factors(lambda name: parameters[name].detach())
         key = (first.shape, second.shape, first.dtype, first.device, pair.rotary)
         groups = found.setdefault(key, [[]])
-        if (len(groups[-1]) + 1) * max(first.numel(), second.numel()) > _MOST and groups[-1]:
+        most = _MOST_ON_CPU if first.device.type == "cpu" else _MOST
+        if (len(groups[-1]) + 1) * max(first.numel(), second.numel()) > most and groups[-1]:
             groups.append([])
         groups[-1].append(pair)
     return tuple(Batch(tuple(group), key[2]) for key, groups in found.items() for group in groups)

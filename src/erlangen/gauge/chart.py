@@ -176,8 +176,8 @@ class _Charted(Reduction):
         return bool(torch.stack(same).all())
 
     def _grown(self, pair: HeadPair) -> Tensor:
-        size = pair.factors(self._stored)[0].abs().amax(dim=(1, 2))
-        return (size > _LARGEST) & size.isfinite()
+        largest = [factor.abs().amax(dim=(1, 2)) for factor in pair.factors(self._stored)]
+        return (largest[0] > _LARGEST) & largest[0].isfinite() & largest[1].isfinite()  # not where a run has diverged
 
     def _clear_gradients(self) -> None:
         for name, places, _ in self._entries():
@@ -221,16 +221,21 @@ class _Charted(Reduction):
     def _change(self, pair: HeadPair, heads: Tensor, *, trained: bool = False) -> None:
         """Bring these heads [heads] into a chart of their own; trained: they were in one, and so was the state."""
         first, second = read(pair, self.parameters)
-        dtype = self.parameters[pair.first.weight].dtype
-        form = _dress(first, second, "identity", pair.rotary, dtype, None, f"layer {pair.layer}, {pair.sector}")
+        dtype, where = self.parameters[pair.first.weight].dtype, f"layer {pair.layer}, {pair.sector}"
+        # In a chart no head can fail, and only those that leave theirs need a new one.
+        index = heads.nonzero().flatten() if trained else torch.arange(len(heads), device=heads.device)
+        form = _dress(first[index], second[index], "identity", pair.rotary, dtype, None, where)
         assert form.pivots is not None
-        change = heads[:, None, None]
-        one = torch.eye(pair.width, dtype=first.dtype, device=first.device)
         if trained:
             self._complete(pair, first, second)
-        pair.put(self._stored, torch.where(change, form.first, first), torch.where(change, form.second, second))
-        self._choose(pair, torch.where(heads[:, None], form.pivots, self.pivots[pair.layer, pair.sector]))
-        move = Move(pair, torch.where(change, form.left, one), torch.where(change, form.right, one))
+
+        def at_heads(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(heads.view(-1, *[1] * (old.ndim - 1)), old.index_copy(0, index, new), old)
+
+        pair.put(self._stored, at_heads(form.first, first), at_heads(form.second, second))
+        self._choose(pair, at_heads(form.pivots, self.pivots[pair.layer, pair.sector]))
+        same = torch.eye(pair.width, dtype=first.dtype, device=first.device).expand(len(first), -1, -1)
+        move = Move(pair, at_heads(form.left, same), at_heads(form.right, same))
         carry(self.optimizer, self.parameters, [move])
         self._settle_state(pair)
 

@@ -59,7 +59,7 @@ class TourConfig:
     seeds: int = 3
     """Seeds for each arm."""
     steps: int = 500
-    """Steps of each run of part one; those of part two are 6/5 as many, of part three 3/10, of part five 1/5."""
+    """Steps of each run of part one; those of part two are 6/5 as many, of part three 3/10, of part five 1/6."""
     workers: int | None = None
     """Runs at a time, each on one thread; None for one a core."""
 
@@ -401,7 +401,7 @@ def _motifs_config(config: TourConfig) -> finite_motifs.MotifConfig:
 
 
 def _reduction_runs(config: TourConfig) -> list[tour_quotient.Run]:
-    return tour_quotient.declared_runs(out=config.out / "quotient", seeds=config.seeds, steps=max(1, config.steps // 5))
+    return tour_quotient.declared_runs(out=config.out / "quotient", seeds=config.seeds, steps=max(1, config.steps // 6))
 
 
 def _models(config: TourConfig) -> tuple[dict[str, Path], torch.Tensor]:

@@ -148,7 +148,8 @@ def _overview_table(config: BreakOrReduceConfig, records: Records) -> report.Tab
         if not math.isfinite(row["interval"].mean):
             return None
         called, hint = row["reading"].endswith("is better"), row["reading"].startswith("a hint")
-        return f"{row['interval'].mean:+.3f}{' ○' if hint else ' ●' if called else ''}".replace("-", "−")
+        mark = "\u00a0○" if hint else "\u00a0●" if called else ""
+        return f"{row['interval'].mean:+.3f}{mark}".replace("-", "−")
 
     return report.Table(
         ("First − second", *(TITLES[optimizer] for optimizer in config.optimizers)),
@@ -215,6 +216,11 @@ def _run_table(records: Records) -> report.Table:
 # The report
 
 
+def visible(curve: np.ndarray) -> np.ndarray:
+    """Values for a logarithmic axis: what is below 1e-8 is rounding, and drawn as zero."""
+    return np.where(curve < 1e-8, 0.0, curve)
+
+
 def _curves(records: Records, optimizer: str, x: str, y: str) -> list[report.Series]:
     """A series an arm; a run that could not go on ends early."""
     series = []
@@ -223,7 +229,7 @@ def _curves(records: Records, optimizer: str, x: str, y: str) -> list[report.Ser
         steps = max((r[x] for r in runs), key=len)
         if steps:
             drawn = [[*r[y], *[math.nan] * (len(steps) - len(r[y]))] for r in runs]
-            series.append(report.Series(arm, steps, np.array(drawn, dtype=float)))
+            series.append(report.Series(arm, steps, visible(np.array(drawn, dtype=float))))
     return series
 
 
@@ -285,7 +291,7 @@ def _write_report(config: BreakOrReduceConfig, tuned: Records, records: Records)
             f"{size.data.corpus}: {len(config.cases)} cases, three learning rates each on one seed, then "
             f"{config.seeds} seeds at the best. The protocol is the docstring of `erlangen.studies.break_or_reduce`.",
         ]),
-        report.Section("Break or reduce?", [
+        report.Section("Differences", [
             every["overview"], *(figures[f"forest_{optimizer}"] for optimizer in config.optimizers), every["losses"],
         ]),
         report.Section("Training", [figures["losses"]]),
