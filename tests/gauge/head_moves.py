@@ -1,7 +1,8 @@
-"""Tiny models, their heads in other numbers, and short training runs."""
+"""Tiny models, their heads in other numbers, optimisers of all kinds, and short training runs."""
 
 import torch
 
+from erlangen import optim
 from erlangen.gauge import _pairs, forms
 from erlangen.lm import GPT, GPTConfig
 
@@ -12,6 +13,28 @@ VARIANTS = {
     "rotary": {"positions": "rotary", "attention_bias": False},
     "partly rotary": {"positions": "rotary", "rotary_fraction": 0.5, "num_kv_heads": 2},
 }
+
+
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+    "amsgrad": lambda model: torch.optim.Adam(model.parameters(), lr=1e-3, amsgrad=True),
+    "nadam": lambda model: torch.optim.NAdam(model.parameters(), lr=1e-3),
+    "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-4, momentum=0.9, centered=True),
+    "adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=1e-3),
+    "muon": lambda model: optim.create("muon", model.named_parameters()),
+    "ecd": lambda model: optim.create("ecd", model.parameters(), lr=0.1),
+    "ecd euler": lambda model: optim.create("ecd", model.parameters(), lr=0.1, kick="euler", weight_decay=1e-3),
+}
+
+
+def soap(model, eps=1e-8):
+    return optim.create("soap", model.parameters(), precondition_frequency=4, eps=eps)
+
+
+def same(found, expected, tolerance):
+    """Whether two runs, or two models' numbers, are one to a relative tolerance."""
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def make_gpt(seed=0, dtype=torch.float64, **fields):
@@ -79,3 +102,20 @@ def train(model, optimizer, steps, *, first=0):
         optimizer.step(loss.item)
         losses.append(loss.item())
     return torch.tensor(losses, dtype=torch.float64)
+
+
+def loaded(model, prepare, weights, state, order):
+    """The optimiser that ``prepare`` makes for a model, after weights and state were loaded.
+
+    Args:
+        order: "weights first", "state first", or "weights before all", before the optimiser is made.
+    """
+    if order == "weights before all":
+        model.load_state_dict(weights)
+    optimizer = prepare(model)
+    if order == "weights first":
+        model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    if order == "state first":
+        model.load_state_dict(weights)
+    return optimizer

@@ -4,8 +4,21 @@ import copy
 
 import pytest
 import torch
-from head_moves import VARIANTS, factors_of, logits_of, loss_of, make_gpt, matrices, move_heads, some_tokens, train
-from test_dressed import OPTIMIZERS, same, soap
+from head_moves import (
+    OPTIMIZERS,
+    VARIANTS,
+    factors_of,
+    loaded,
+    logits_of,
+    loss_of,
+    make_gpt,
+    matrices,
+    move_heads,
+    same,
+    soap,
+    some_tokens,
+    train,
+)
 
 from erlangen import gauge
 from erlangen.gauge import _pairs, chart
@@ -321,15 +334,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, order):
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     expected = train(model, optimizer, 4, first=4)
     again = make_gpt()
-    if order == "weights before all":
-        again.load_state_dict(weights)
-    resumed = OPTIMIZERS[name](again)
-    charted(again, resumed)
-    if order == "weights first":
-        again.load_state_dict(weights)
-    resumed.load_state_dict(state)
-    if order == "state first":
-        again.load_state_dict(weights)
+    resumed = loaded(again, lambda model: gauge.charted(OPTIMIZERS[name](model), model), weights, state, order)
     assert torch.equal(train(again, resumed, 4, first=4), expected)
 
 

@@ -4,32 +4,24 @@ import copy
 
 import pytest
 import torch
-from head_moves import VARIANTS, factors_of, logits_of, loss_of, make_gpt, matrices, move_heads, some_tokens, train
+from head_moves import (
+    OPTIMIZERS,
+    VARIANTS,
+    factors_of,
+    loaded,
+    logits_of,
+    loss_of,
+    make_gpt,
+    matrices,
+    move_heads,
+    same,
+    soap,
+    some_tokens,
+    train,
+)
 
 from erlangen import breaking, gauge, optim
 from erlangen.gauge import _head_state, _pairs
-
-OPTIMIZERS = {
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=0.01),
-    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
-    "amsgrad": lambda model: torch.optim.Adam(model.parameters(), lr=1e-3, amsgrad=True),
-    "nadam": lambda model: torch.optim.NAdam(model.parameters(), lr=1e-3),
-    "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-4, momentum=0.9, centered=True),
-    "adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=1e-3),
-    "muon": lambda model: optim.create("muon", model.named_parameters()),
-    "ecd": lambda model: optim.create("ecd", model.parameters(), lr=0.1),
-    "ecd euler": lambda model: optim.create("ecd", model.parameters(), lr=0.1, kick="euler", weight_decay=1e-3),
-}
-
-
-def soap(model, eps=1e-8):
-    return optim.create("soap", model.parameters(), precondition_frequency=4, eps=eps)
-
-
-def same(found, expected, tolerance):
-    """Whether two runs, or two models' numbers, are one to a relative tolerance."""
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
-
 
 # --- the function stays -----------------------------------------------------------------------------------------------
 
@@ -313,14 +305,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(name, order):
     assert state["param_groups"][0]["steps_dressed"] == 4
     expected = train(model, optimizer, 4, first=4)
     again = make_gpt()
-    if order == "weights before all":
-        again.load_state_dict(weights)
-    resumed = gauge.dressed(build(again), again, every=3)
-    if order == "weights first":
-        again.load_state_dict(weights)
-    resumed.load_state_dict(state)
-    if order == "state first":
-        again.load_state_dict(weights)
+    resumed = loaded(again, lambda model: gauge.dressed(build(model), model, every=3), weights, state, order)
     assert torch.equal(train(again, resumed, 4, first=4), expected)
 
 

@@ -2,34 +2,15 @@
 
 import pytest
 import torch
+from head_moves import make_gpt, matrices
 from torch import nn
 
 from erlangen import breaking
-from erlangen.gauge import _pairs, forms
-from erlangen.lm import GPT, GPTConfig
+from erlangen.gauge import _pairs
 
 tiny = pytest.importorskip("tiny_transformers")
 TOKENS = tiny.some_tokens()
 NORMED = {"qwen3", "gemma3"}
-
-
-def make_gpt(**fields):
-    config = GPTConfig(vocab_size=32, context_length=16, num_layers=2, num_heads=4, dim=32, **fields)
-    return GPT(config, generator=torch.Generator().manual_seed(0)).double()
-
-
-def matrices(pair, heads, generator):
-    """A matrix of the group of a pair for each head."""
-    width = pair.width
-    if pair.rotary is None:
-        return torch.randn(heads, width, width, generator=generator, dtype=torch.float64)
-    turned, planes = pair.rotary.dim, pair.rotary.planes()
-    matrix = torch.zeros(heads, width, width, dtype=torch.float64)
-    numbers = torch.randn(heads, len(planes), generator=generator, dtype=torch.complex128)
-    matrix[:, :turned, :turned] = forms.plane_matrices(numbers, planes)
-    rest = width - turned
-    matrix[:, turned:, turned:] = torch.randn(heads, rest, rest, generator=generator, dtype=torch.float64)
-    return matrix
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -73,7 +54,8 @@ def test_full_rank_is_checked_by_head():
     pairs, parameters = _pairs.head_pairs(model), _pairs.parameters_by_name(model)
     _pairs.check_rank(pairs, parameters)
     with torch.no_grad():  # one plane of the keys of head 1: coordinates 1 and 1 + 2
-        model.blocks[1].attention.key.weight[[8 + 1, 8 + 3]] = 0.0
+        key = model.blocks[1].attention.key
+        key.weight[[8 + 1, 8 + 3]] = key.bias[[8 + 1, 8 + 3]] = 0.0
     with pytest.raises(ValueError, match="qk pair of layer 1, head 1, has not full rank"):
         _pairs.check_rank(pairs, parameters)
 

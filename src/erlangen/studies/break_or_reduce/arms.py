@@ -54,13 +54,15 @@ class Size:
     device: str = "cpu"
 
 
+_SMALL_RATES = {
+    "sgdm": (0.03, 0.1, 0.3), "ecd-exact": (0.3, 1.0, 3.0), "ecd-euler": (0.3, 1.0, 3.0),
+    "adamw": (1e-3, 3e-3, 1e-2), "soap": (1e-2, 3e-2, 1e-1), "muon": (1e-2, 3e-2, 1e-1),
+}  # fmt: skip
+
 SIZES: dict[SizeName, Size] = {
     "tiny": Size(
         model=GPTConfig(context_length=64, num_layers=2, num_heads=4, dim=64, attention_bias=False),
-        rates={
-            "sgdm": (0.03, 0.1, 0.3), "ecd-exact": (0.3, 1.0, 3.0), "ecd-euler": (0.3, 1.0, 3.0),
-            "adamw": (1e-3, 3e-3, 1e-2), "soap": (1e-2, 3e-2, 1e-1), "muon": (1e-2, 3e-2, 1e-1),
-        },
+        rates=_SMALL_RATES,
         head_rate=0.03,
         steps=400,
         batch_size=16,
@@ -81,10 +83,7 @@ SIZES: dict[SizeName, Size] = {
     ),
     "seconds": Size(
         model=GPTConfig(context_length=8, num_layers=1, num_heads=2, dim=8, attention_bias=False),
-        rates={
-            "sgdm": (0.03, 0.1, 0.3), "ecd-exact": (0.3, 1.0, 3.0), "ecd-euler": (0.3, 1.0, 3.0),
-            "adamw": (1e-3, 3e-3, 1e-2), "soap": (1e-2, 3e-2, 1e-1), "muon": (1e-2, 3e-2, 1e-1),
-        },
+        rates=_SMALL_RATES,
         head_rate=0.03,
         steps=3,
         batch_size=2,
