@@ -115,7 +115,9 @@ def test_progress_is_printed_once_a_percent(capsys):
     progress = _jobs.print_progress()
     for done in (0, 1, 9, 10, 10, 1000):
         progress(done, 1000)
-    assert capsys.readouterr().out.splitlines() == [f"{p} % of 1000 steps" for p in (0, 1, 100)]
+    progress(50, 500)  # the next part of a study
+    expected = [*(f"{p} % of 1000 steps" for p in (0, 1, 100)), "10 % of 500 steps"]
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 def test_verdicts():

@@ -173,14 +173,14 @@ class Cells:
 
 
 def print_progress() -> Progress:
-    """A progress that prints a line a percent."""
-    shown = -1
+    """A progress that prints a line a percent, of each part of a study anew."""
+    shown = (0, -1)
 
     def progress(done: int, total: int) -> None:
         nonlocal shown
         percent = 100 * done // total
-        if percent > shown:
-            shown = percent
+        if total != shown[0] or percent > shown[1]:
+            shown = (total, percent)
             print(f"{percent} % of {total} steps", flush=True)
 
     return progress
