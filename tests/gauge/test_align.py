@@ -109,7 +109,8 @@ def test_moved_copies_of_foreign_models_come_back(name):
     types = torch.zeros_like(tokens) if name.startswith("bert") else None
     other = moved(model)
     found = gauge.align(model, other)
-    assert largest_difference(model, found.model) < 1e-9
+    # Experts are not matched: they stay where the second model has them.
+    assert (largest_difference(model, found.model) < 1e-9) == (not name.endswith("experts"))
     with torch.no_grad():
         difference = tiny.outputs(found.model, tokens, types) - tiny.outputs(other, tokens, types)
     assert difference.abs().max() < 1e-11

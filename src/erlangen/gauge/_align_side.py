@@ -57,9 +57,21 @@ class _OnCPU:
         return self._weights.dtype(name)
 
 
+def _without_experts(layout: ModelLayout, steps: Plan) -> Plan:
+    """Mixtures of experts, and what they read and write, are left as they are stored."""
+    if all(layer.experts is None for layer in layout.layers):
+        return steps
+    layers = tuple(
+        step if layer.experts is None else replace(step, mlp=Fold(step.mlp.norm), mlp_centred=False)
+        for layer, step in zip(layout.layers, steps.layers)
+    )
+    reason = "a mixture of experts reads and writes it"
+    return replace(steps, layers=layers, residual_scale=False, rotations="none", reason=reason)
+
+
 def steps_of(layout: ModelLayout, using: Using) -> Plan:
     """What may be folded, and which frames are free: without folding, only orders of coordinates."""
-    steps = plan(layout)
+    steps = _without_experts(layout, plan(layout))
     if using in ("gauge", "orthogonal"):
         return steps
     layers = tuple(

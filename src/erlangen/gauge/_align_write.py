@@ -181,6 +181,9 @@ def _write_mlp(
     layer, step, order = a.layout.layers[number], a.steps.layers[number], matching.neurons[number]
     one, two = a.mlp_form(number), b.mlp_form(number)
     if one is None or two is None or layer.mlp is None or order is None:
+        parts = [*layer.feed_forward_readers, *(mlp.down for mlp in layer.feed_forward)]
+        for name in dict.fromkeys(name for part in parts for name in (part.weight, part.bias_name) if name is not None):
+            written.put({name: _stored_between(a, b, name, weight)})
         return
     two = two.in_frame(matching.residual)
     settled = _align_mlp.settled(one, two, order)
@@ -204,6 +207,17 @@ def _write_mlp(
             record.writes(part, Writing(step.mlp_centred, matching.residual, their_scale))
         else:
             _record_reading(record, part, other, unfold)
+
+
+def _stored_between(a: Side, b: Side, name: str, weight: float) -> Tensor:
+    """A tensor of experts as it is stored, one matrix of a stack after the other."""
+    one, two = a.stored[name], b.stored[name]
+    if one.ndim < 3:
+        return _between(one.double(), two.double(), weight)
+    new = torch.empty_like(one)
+    for place, (first, second) in enumerate(zip(one, two)):
+        new[place] = _between(first.double(), second.double(), weight)
+    return new
 
 
 def _put_norm(unfold: Unfold, wanted: Unfold, written: _Once, notes: list[str]) -> None:

@@ -24,7 +24,8 @@ class Record:
             zero.
         transforms: float64 factors, by name (see `Certificate.apply_to`). Given a mapping that puts them on the
             disk, they do not stay in memory.
-        maps: path of a linear map (or name of an embedding) -> how its weight was changed, in terms of those factors.
+        maps: key of a linear map (or name of an embedding) -> how its weight was changed, in terms of those factors;
+            of experts, "moved_to": the key of the place to which it went.
     """
 
     folded: list[str] = field(default_factory=list)
@@ -40,10 +41,8 @@ class Record:
 
     def map_of(self, part: Projection) -> dict[str, Any]:
         """What is known of a map."""
-        return self.maps.setdefault(
-            part.path,
-            {"weight": part.weight, "bias": part.bias_name, "transposed": part.transposed, "slices": []},
-        )
+        known = {"weight": part.weight, "bias": part.bias_name, "transposed": part.transposed, "slices": []}
+        return self.maps.setdefault(part.key, known if part.stack is None else known | {"stack": part.stack})
 
     def reads(self, part: Projection, reading: Reading) -> None:
         """Note what a map reads."""
@@ -65,7 +64,7 @@ class Record:
         entry: dict[str, Any] = {"starts": list(part.starts), "width": part.width, "side": part.side}
         for key, tensor in factors.items():
             if tensor is not None:
-                entry[key] = self.keep(f"{part.path}.{name}.{key}", tensor)
+                entry[key] = self.keep(f"{part.key}.{name}.{key}", tensor)
         self.map_of(part)["slices"].append(entry)
 
 

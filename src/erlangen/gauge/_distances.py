@@ -47,6 +47,15 @@ def sum_blocks(blocks: Sequence[Block]) -> Block:
     )
 
 
+def stack_blocks(blocks: Sequence[Block]) -> Block:
+    """Of parts of one thing, each with its own rounding."""
+    return Block(
+        torch.stack([block.difference for block in blocks]),
+        torch.stack([block.size for block in blocks]),
+        torch.stack([block.error for block in blocks]),
+    )
+
+
 def row_block(a: Tensor, b: Tensor, sizes: tuple[Tensor, Tensor], units: tuple[float, float]) -> Block:
     error = (units[0] * sizes[0]).square().sum() + (units[1] * sizes[1]).square().sum()
     return Block((a - b).square().sum(), a.square().sum() + b.square().sum(), error)

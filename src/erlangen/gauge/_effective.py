@@ -25,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .layout import HeadLayout, Layer, ModelLayout, Norm, Projection
+from .layout import MLP, Experts, HeadLayout, Layer, ModelLayout, Norm, Projection
 
 CHUNK = 1 << 24  # numbers of a table in float64 at a time
 _CLEAR = 1e-6  # square of a relative difference that squares and inner products give to nine digits
@@ -154,11 +154,7 @@ class Effective:
         self.pre_norm = all(norm is not None for norm in readers) and layout.embedding_norm is None
         # No gain stands in the stream, so that it may be turned as a whole.
         self.turns = self.pre_norm and not any(
-            layer.attention_out_norm
-            or layer.mlp_out_norm
-            or layer.attention_sum_norm
-            or layer.mlp_sum_norm
-            or layer.mlp is None
+            layer.attention_out_norm or layer.mlp_out_norm or layer.attention_sum_norm or layer.mlp_sum_norm
             for layer in layout.layers
         )
         start = layout.embedding_norm
@@ -181,6 +177,10 @@ class Effective:
             ValueError: it holds numbers that are not finite.
         """
         return finite(self.weights[name].detach().to("cpu", torch.float64), name)
+
+    def matrix(self, part: Projection) -> Tensor:
+        """The matrix of a map, as `tensor`; of a stack, no more than that."""
+        return finite(part.matrix(self.weights[part.weight]).detach().to("cpu", torch.float64), part.weight)
 
     def gain(self, norm: Norm | None) -> Tensor:
         """[D]: of a norm of the residual stream, ones without one."""
@@ -274,7 +274,7 @@ class Effective:
 
     def read(self, projection: Projection, norm: Norm | None) -> Rows:
         """A reading map over a norm of the residual stream: [heads, width, E]."""
-        weight = projection.heads(self.tensor(projection.weight))
+        weight = projection.heads(self.matrix(projection))
         stored = self._projection_bias(projection)
         bias = weight.new_zeros(weight.shape[:2]) if stored is None else projection.head_biases(stored)
         shift = self.bias(norm)
@@ -498,16 +498,13 @@ class Effective:
 
     # --- feed-forward layers -----------------------------------------------------------------------------------------
 
-    def neurons(self, number: int) -> Neurons | None:
-        """The invariants of a feed-forward layer; None where it is not described."""
+    def neurons(self, number: int, mlp: MLP) -> Neurons:
+        """The invariants of a feed-forward layer, or of one of a mixture of experts."""
         layer = self.layout.layers[number]
-        mlp = layer.mlp
-        if mlp is None:
-            return None
         norm = layer.mlp_norm or self.stream[number][1]
         up = self.read(mlp.up, norm)
         gate = None if mlp.gate is None else self.read(mlp.gate, norm)
-        raw = mlp.down.heads(self.tensor(mlp.down.weight))
+        raw = mlp.down.heads(self.matrix(mlp.down))
         sizes = raw.norm(dim=-1)
         down = Rows(self._write(raw, layer, 1), sizes)
         bias = self._projection_bias(mlp.down)
@@ -520,7 +517,7 @@ class Effective:
         up, down = Rows(up.values[0], up.sizes[0]), Rows(down.values[0], down.sizes[0])
         gate = None if gate is None else Rows(gate.values[0], gate.sizes[0])
         up_norms, down_norms = up.values.norm(dim=-1), down.values.norm(dim=-1)
-        if layer.mlp_out_norm is not None:
+        if layer.mlp_out_norm is not None and layer.experts is None:
             unit = float(((up_norms * down_norms).square().sum() + constant.square().sum()).sqrt()) or 1.0
         else:
             unit = self.write_scale(number, 1)
@@ -533,6 +530,13 @@ class Effective:
         rounding = torch.as_tensor(sum((float(shift.square().sum()) for shift in shifts), 0.0)) / unit**2
         slope = None if mlp.slope is None else self.tensor(mlp.slope)
         return Neurons(up, gate, down, self.in_frame(constant / unit), rounding, slope)
+
+    def scores(self, number: int, experts: Experts) -> Rows:
+        """The rows [experts, E] of a router, without what a softmax does not see."""
+        layer = self.layout.layers[number]
+        rows = self.read(experts.router, layer.mlp_norm or self.stream[number][1])
+        values, sizes = rows.values[0], rows.sizes[0]
+        return Rows(values - values.mean(dim=0) if experts.softmax else values, sizes)
 
 
 def finite(tensor: Tensor, name: str) -> Tensor:

@@ -139,31 +139,25 @@ def plan(layout: ModelLayout, *, logit_shift: bool = False) -> Plan:
     """
     notes: list[str] = []
     readers: dict[str, list[Projection]] = {}
-    unknown: set[str] = set()
     for layer in layout.layers:
         maps = attention_maps(layer.attention)
         if layer.attention_norm is not None:
             readers.setdefault(layer.attention_norm.path, []).extend(maps[n] for n in stream_readers(layer.attention))
         if layer.mlp_norm is not None:
-            found = readers.setdefault(layer.mlp_norm.path, [])
-            if layer.mlp is None:
-                unknown.add(layer.mlp_norm.path)
-            else:
-                found += [part for part in (layer.mlp.up, layer.mlp.gate) if part is not None]
+            readers.setdefault(layer.mlp_norm.path, []).extend(layer.feed_forward_readers)
     if layout.final_norm is not None and layout.unembedding is not None:
         readers.setdefault(layout.final_norm.path, []).append(layout.unembedding)
 
     def before(norm: Norm) -> Fold:
         biased = all(part.bias for part in readers[norm.path])
-        if norm.path in unknown or (norm.bias and not biased and norm.kind == "rms"):
-            why = "a mixture of experts reads it" if norm.path in unknown else "its bias has nowhere to go"
-            notes.append(f"{norm.path} is left as it is: {why}.")
+        if norm.bias and not biased and norm.kind == "rms":
+            notes.append(f"{norm.path} is left as it is: its bias has nowhere to go.")
             return Fold(norm)
         return Fold(norm, "before", ones=norm.bias and not biased)
 
     layers = []
     source = layout.embedding_norm
-    for number, layer in enumerate(layout.layers):
+    for layer in layout.layers:
         maps = attention_maps(layer.attention)
 
         def branch(norm: Norm | None, after: Norm | None, inputs: list[Projection], output: Projection, goal):
@@ -187,14 +181,12 @@ def plan(layout: ModelLayout, *, logit_shift: bool = False) -> Plan:
         feed = branch(
             layer.mlp_norm,
             layer.attention_sum_norm,
-            [] if mlp is None else [part for part in (mlp.up, mlp.gate) if part is not None],
+            [] if mlp is None else list(layer.feed_forward_readers),
             layer.attention.output if mlp is None else mlp.down,
             layer.mlp_sum_norm,
         )
         source = layer.mlp_sum_norm
         layers.append((layer, attention, feed))
-        if mlp is None:
-            notes.append(f"The feed-forward part of layer {number} is a mixture of experts, and left as it is.")
     before_all = all(
         layer.attention_norm is not None
         and layer.mlp_norm is not None
@@ -206,7 +198,6 @@ def plan(layout: ModelLayout, *, logit_shift: bool = False) -> Plan:
     stream = [norm for layer in layout.layers for norm in (layer.attention_norm, layer.mlp_norm)] + [layout.final_norm]
     centred = before_all and all(norm is not None and norm.kind == "layer" for norm in stream)
     logits = layout.tied or layout.unembedding is not None
-    experts = any(layer.mlp is None for layer in layout.layers)
     shift = logit_shift and logits and layout.soft_cap is None
 
     def writes(out: Norm | None, total: Norm | None) -> bool:
@@ -246,10 +237,9 @@ def plan(layout: ModelLayout, *, logit_shift: bool = False) -> Plan:
     out_norms = [norm for layer in layout.layers for norm in (layer.attention_out_norm, layer.mlp_out_norm)]
     carried = [norm for norm in [*out_norms, layout.final_norm if layout.tied else None] if norm is not None]
     settled = all(norm.eps == 0 for norm in in_stream)
-    scale = before_all and not experts and settled and all(norm.gain for norm in carried)
+    scale = before_all and settled and all(norm.gain for norm in carried)
     if before_all and not scale:
         why = "a norm that would carry it has no gain" if settled else "the eps of its norms is not 0"
-        why = "experts write to it" if experts else why
         notes.append(f"The scale of the residual stream is left: {why}.")
     kept = [fold.norm for pair in layer_plans for fold in (pair.attention, pair.mlp) if fold.kind == "kept"]
     kept += [norm for layer in layout.layers for norm in (layer.attention_out_norm, layer.mlp_out_norm) if norm]
@@ -261,8 +251,6 @@ def plan(layout: ModelLayout, *, logit_shift: bool = False) -> Plan:
         reason = "the model has no logits: its output is the residual stream itself"
     elif not before_all:
         reason = "norms of the sum carry their gains along the residual stream"
-    elif experts:
-        reason = "a mixture of experts reads and writes it"
     elif any(norm is not None and norm.kind == "layer" for norm in all_norms):
         exact = not layout.tied and not kept and centred
         rotations = "mean" if exact else "permuted"

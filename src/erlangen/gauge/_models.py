@@ -81,6 +81,10 @@ def _layer_shape(layer: Layer) -> dict[str, Any]:
     names = ("attention_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm", "attention_sum_norm", "mlp_sum_norm")
     shape = _attention_shape(layer.attention)
     shape["feed-forward layer"] = None if mlp is None else (mlp.up.width, mlp.activation, mlp.gate is not None)
+    experts = layer.experts
+    if experts is not None:
+        kinds = [(part.up.width, part.activation, part.gate is not None) for part in experts.parts[-2:]]
+        shape["experts"] = (len(experts.experts), experts.groups, experts.softmax, experts.shared is None, *kinds)
     shape["norms"] = tuple(kind_of(getattr(layer, name)) for name in names)
     shape["parallel branches"] = layer.parallel
     return shape

@@ -60,13 +60,20 @@ class _Rules:
         self.maps: dict[str, _Rule] = {}
         self.others: dict[str, _Rule] = {}
         self.unknown: dict[str, str] = {}
+        stacks: dict[str, dict[str, dict[str, Any]]] = {}
         for path, entry in certificate.maps.items():
             weight, bias = entry["weight"], entry["bias"]
+            if "stack" in entry:
+                stacks.setdefault(weight, {})[path] = entry
+                continue
             inputs = weights.shape(weight)[0 if entry["transposed"] else 1]
             folded = certificate._constant(entry, inputs) is not None
-            self.maps[weight] = _Rule((weight, bias) if folded else (weight,), self._weight(path, weight, bias))
+            place = certificate.maps[entry.get("moved_to", path)]["weight"]
+            self.maps[place] = _Rule((weight, bias) if folded else (weight,), self._weight(path, weight, bias))
             if bias is not None:
                 self.maps[bias] = _Rule((bias,), self._bias(bias))
+        for weight, entries in stacks.items():
+            self.maps[weight] = _Rule((weight,), self._stack(weight, entries))
         for norm, fold, readers, output in self._folded():
             self._norm(norm, fold, readers, output)
         self._kept_norms()
@@ -89,6 +96,18 @@ class _Rules:
             path, old[weight], None if bias is None else old.get(bias)
         )
 
+    def _stack(self, weight: str, entries: Mapping[str, Mapping[str, Any]]):
+        """Of experts in one tensor, each at its new place."""
+
+        def make(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Tensor:
+            found = torch.empty(old[weight].shape, dtype=torch.float64)
+            for path, entry in entries.items():
+                place = self.certificate.maps[entry.get("moved_to", path)]["stack"]
+                found[place] = self.certificate.apply_to_gradient(path, old[weight][entry["stack"]])
+            return found
+
+        return make
+
     def _bias(self, bias: str):
         return lambda old, new: self.certificate.apply_to_gradient(bias, old[bias])
 
@@ -101,12 +120,13 @@ class _Rules:
         for layer, what in zip(self.layout.layers, steps.layers):
             maps, mlp = attention_maps(layer.attention), layer.mlp
             inputs = [maps[name] for name in stream_readers(layer.attention)]
-            branches = [(what.attention, inputs, layer.attention.output)]
-            if mlp is not None:
-                branches.append((what.mlp, [part for part in (mlp.up, mlp.gate) if part is not None], mlp.down))
+            branches = [
+                (what.attention, inputs, layer.attention.output.bias_name),
+                (what.mlp, layer.feed_forward_readers, None if mlp is None else mlp.down.bias_name),
+            ]
             for fold, readers, output in branches:
                 if fold.norm is not None:
-                    entry = found.setdefault(fold.norm.path, (fold.norm, fold, [], output.bias_name))
+                    entry = found.setdefault(fold.norm.path, (fold.norm, fold, [], output))
                     entry[2].extend(readers)
             for norm, names in latent_readers(layer.attention).values():
                 found[norm.path] = (norm, Fold(norm, "before"), [maps[name] for name in names], None)
@@ -120,7 +140,7 @@ class _Rules:
             if not frame.same:
                 self._turned(norm, 1.0)
             return
-        parts = {part.path: part for part in readers}.values()
+        parts = {part.key: part for part in readers}.values()
         needs = {name for part in parts for name in (part.weight, part.bias_name) if name is not None}
         needs = {need for name in needs for need in self.maps[name].needs}
         if norm.weight is not None:
@@ -142,7 +162,8 @@ class _Rules:
         gain, bias = stored_gain(self.weights, norm), stored_bias(self.weights, norm)
         found = None
         for part in parts:
-            rows, gradient = self.weights[part.weight].cpu().double(), new[part.weight]
+            rows = part.matrix(self.weights[part.weight]).cpu().double()
+            gradient = part.matrix(new[part.weight])
             if part.transposed:
                 rows, gradient = rows.T, gradient.T
             gains = torch.ones_like(rows[0]) if gain is None else gain.cpu()

@@ -78,7 +78,8 @@ class Certificate:
             hidden features, "gain" and "bias" of norms that were folded, "turn" of a latent, "ratio" of the gains of
             a norm of queries or keys (new to old), "residual.matrix" or "residual.order" and "residual.sign" of the
             residual stream. `apply_to` puts them together.
-        maps: path -> the names of the factors of that map.
+        maps: path -> the names of the factors of that map; of maps that are stacked in one tensor, path and number.
+            Where experts have changed places, "moved_to" is the path at which a map is now.
         source, target: fingerprints of the weights before and after: a hash of the names, shapes and dtypes of the
             tensors and of a sample of their numbers. What was made for other weights is refused by them.
     """
@@ -165,6 +166,8 @@ class Certificate:
             if dual:
                 writing = replace(writing, scale=1 / writing.scale)
             rows = writing.rows(rows.movedim(0, -1)).movedim(-1, 0)
+        if "shifts" in entry:
+            rows = rows - rows.mean(dim=0)
         return self._slices(entry, rows, "out", dual)
 
     def _right(self, entry: Mapping[str, Any], rows: Tensor, dual: bool = False) -> Tensor:
@@ -251,7 +254,8 @@ class Certificate:
         carried by `apply_to_gradient`; the two agree where every factor is orthogonal.
 
         Args:
-            path: of a linear map, with or without ``.weight``; the name of an embedding; or that of a map's bias.
+            path: of a linear map, with or without ``.weight``; the name of an embedding; or that of a map's bias. The
+                result is for the map that ``maps`` calls "moved_to", if it does: an expert that has changed places.
             delta: of its weight, in the shape in which that is stored, or of the bias.
 
         Returns:

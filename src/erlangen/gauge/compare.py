@@ -17,12 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from ._assignment import grouped_assignment
-from ._distances import Block, attention_blocks, by_head, neuron_blocks, part_of, row_block, sum_blocks, table_block
+from ._distances import (
+    Block,
+    attention_blocks,
+    by_head,
+    neuron_blocks,
+    part_of,
+    row_block,
+    stack_blocks,
+    sum_blocks,
+    table_block,
+)
 from ._effective import CHUNK, Effective
 from ._matching import find_frame, head_similarity, match_neurons
 from ._models import Model, Tensors, expect_alike, open_model
 from .comparison import Comparison, LayerComparison, Part, together
-from .layout import Layer, Projection
+from .layout import MLP, Layer, Projection
 
 LIMIT = 4.0  # a difference of so many times the rounding of the stored numbers is one
 _BUFFERS = re.compile(r"(^|\.)(attn\.(masked_)?bias|attention\.(masked_)?bias|inv_freq|position_ids)$")
@@ -60,8 +70,9 @@ def compare(a: Any, b: Any, *, inputs: Any = None, progress: Progress | None = N
     with the output bias; the epsilon of norms is taken as 0. Heads are matched so that their similarity is largest,
     query heads within their key/value head; so are neurons. If the embeddings are far apart, the second residual stream
     is brought to the frame of the first, by the rotation that suits embeddings and unembeddings best (a permutation,
-    with signs, where norms stand in the stream); only models with logits have that freedom. Experts, poolers and other
-    tensors that the layout does not speak of are compared as they are stored.
+    with signs, where norms stand in the stream); only models with logits have that freedom. Experts are matched by
+    their scores, within what groups of them allow, and compared as feed-forward layers. Poolers and other tensors that
+    the layout does not speak of are compared as they are stored.
 
     Models of other vocabularies or context lengths are compared on what both have. Weights are taken layer by layer
     into float64 on the CPU.
@@ -152,7 +163,7 @@ def _common_rows(a: Model, b: Model, notes: list[str]) -> list[int]:
 
 def _num_weights(layer: Layer, dim: int) -> tuple[int, int, int, int]:
     """Numbers in the maps of queries and keys, of values and outputs, of the feed-forward layer, and of latents."""
-    attention, latent, mlp = layer.attention, layer.attention.latent, layer.mlp
+    attention, latent = layer.attention, layer.attention.latent
 
     def of(projection: Projection, other: int) -> int:
         return len(projection.starts) * projection.width * other
@@ -167,8 +178,8 @@ def _num_weights(layer: Layer, dim: int) -> tuple[int, int, int, int]:
         query_key = of(latent.rotary_query, query_reads) + of(latent.rotary_key, dim)
     query_key += of(attention.query, query_reads) + of(attention.key, kv_reads)
     value_output = of(attention.value, kv_reads) + of(attention.output, dim)
-    maps = () if mlp is None else (mlp.up, mlp.down, mlp.gate)
-    return query_key, value_output, sum(of(part, dim) for part in maps if part is not None), latents
+    maps = [*layer.feed_forward_readers, *(mlp.down for mlp in layer.feed_forward)]
+    return query_key, value_output, sum(of(part, dim) for part in maps), latents
 
 
 def _compare_layer(
@@ -187,14 +198,20 @@ def _compare_layer(
     heads = grouped_assignment(similarity, attention.group_size)
     query_key, value_output, whole = attention_blocks(a, b, heads, units)
     num_query_key, num_value_output, num_mlp, num_rest = _num_weights(layer, dim)
-    mlp, moved = None, 0
-    neurons, others = one.neurons(number), two.neurons(number)
-    if neurons is not None and others is not None:
+    experts = _match_experts(number, one, two)
+    pairs = _feed_forward_pairs(layer, two.layout.layers[number], experts)
+    blocks, constant, moved = [], [], 0
+    for first, second in pairs:
+        neurons, others = one.neurons(number, first), two.neurons(number, second)
         match = match_neurons(neurons, others)
-        moved = int((match != torch.arange(len(match))).sum())
-        blocks, constant = neuron_blocks(neurons, others, match, units)
-        mlp = part_of(blocks, num_mlp)
-        whole += constant
+        moved += int((match != torch.arange(len(match))).sum())
+        found, constants = neuron_blocks(neurons, others, match, units)
+        blocks.append(found)
+        constant += constants
+    mlp_blocks = [stack_blocks(same) for same in zip(*blocks)]
+    if experts is not None:
+        mlp_blocks.append(_score_block(number, one, two, experts, units))
+    whole += constant
     for branch in (0, 1):
         whole += _gain_blocks(one.gains(number, branch), two.gains(number, branch), units)
     groups = heads.view(attention.num_kv_heads, -1)[:, 0] // attention.group_size
@@ -208,9 +225,10 @@ def _compare_layer(
     return LayerComparison(
         query_key=part_of(query_key, num_query_key),
         value_output=part_of(value_output, num_value_output),
-        mlp=mlp,
+        mlp=part_of(mlp_blocks, num_mlp),
         rest=part_of(whole, num_rest + dim * (len(whole) - len(a.layer))) if whole else None,
         heads=tuple(heads.tolist()),
+        experts=None if experts is None else tuple(experts.tolist()),
         query_key_distances=by_head(query_key),
         value_output_distances=by_head(value_output),
         head_similarity=similarity,
@@ -218,6 +236,31 @@ def _compare_layer(
         spectra=spectra,
         naive=(difference / size) ** 0.5 if size else None,
     )
+
+
+def _match_experts(number: int, one: Effective, two: Effective) -> Tensor | None:
+    """int64 [experts]: for each expert of a mixture, that of the other whose scores are most like it."""
+    first, second = (side.layout.layers[number].experts for side in (one, two))
+    if first is None or second is None:
+        return None
+    rows = [side.scores(number, experts).values for side, experts in ((one, first), (two, second))]
+    tiny = torch.finfo(torch.float64).tiny
+    units = [row / row.norm(dim=1, keepdim=True).clamp_min(tiny) for row in rows]
+    return grouped_assignment(units[0] @ units[1].mT, len(first.experts) // first.groups)
+
+
+def _feed_forward_pairs(first: Layer, second: Layer, experts: Tensor | None) -> list[tuple[MLP, MLP]]:
+    """Feed-forward layers that belong to each other."""
+    a, b = first.feed_forward, second.feed_forward
+    places = [] if experts is None else experts.tolist()
+    return [(part, b[places[i] if i < len(places) else i]) for i, part in enumerate(a)]
+
+
+def _score_block(number: int, one: Effective, two: Effective, chosen: Tensor, units: tuple[float, float]) -> Block:
+    first, second = (side.layout.layers[number].experts for side in (one, two))
+    assert first is not None and second is not None
+    a, b = one.scores(number, first), two.scores(number, second).of_heads(chosen)
+    return row_block(a.values, b.values, (a.sizes, b.sizes), units)
 
 
 def _gain_blocks(a: Tensor | None, b: Tensor | None, units: tuple[float, float]) -> list[Block]:

@@ -36,7 +36,7 @@ class LayerComparison:
 
     Attributes:
         query_key, value_output: over all heads, each with the one it was matched with.
-        mlp: of the feed-forward layer; None where it is not described.
+        mlp: of the feed-forward layer, or of all experts and their scores.
         rest: what no head or neuron has: constants, gains that no map takes in, latents. None if there is nothing.
         heads: [H]: the head of the second model that each head of the first was matched with.
         query_key_distances, value_output_distances: [H], of the matched heads.
@@ -45,11 +45,12 @@ class LayerComparison:
         spectra: "query_key" [2, G, K] and "value_output" [2, G, V]: singular values of both models, in the order of the
             first one's heads.
         naive: distance of the stored numbers; None where the two have no tensor of one name and shape.
+        experts: of a mixture, the expert of the second model that each of the first was matched with; else None.
     """
 
     query_key: Part
     value_output: Part
-    mlp: Part | None
+    mlp: Part
     rest: Part | None
     heads: tuple[int, ...]
     query_key_distances: Tensor
@@ -58,6 +59,7 @@ class LayerComparison:
     num_neurons_moved: int
     spectra: dict[str, Tensor]
     naive: float | None
+    experts: tuple[int, ...] | None = None
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -136,6 +138,7 @@ class Comparison:
             numbers: dict[str, Any] = {"distance": layer.distance, "similarity": layer.similarity, "naive": layer.naive}
             numbers |= {name: part(value) for name, value in layer.parts.items()}
             numbers |= {"heads": list(layer.heads), "num_neurons_moved": layer.num_neurons_moved}
+            numbers |= {} if layer.experts is None else {"experts": list(layer.experts)}
             numbers |= {"query_key_distances": layer.query_key_distances.tolist()}
             numbers |= {"value_output_distances": layer.value_output_distances.tolist()}
             numbers |= {"head_similarity": layer.head_similarity.tolist()}

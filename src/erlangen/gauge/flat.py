@@ -38,7 +38,8 @@ plane.
 
 **Feed-forward layers** (``mlp_scales``, ``router_shift``). The up row of a gated feature times s, its down column over
 s: m. A positive scale of a row before a positively homogeneous activation: m. In a mixture of experts the same for each
-expert; and the softmax that weighs experts ignores one vector added to all rows of the router (d).
+expert; and a softmax that weighs experts ignores one vector added to all rows of the router (d, and 1 for its bias; one
+of them is in ``centring_reads`` where its rows are).
 
 **The residual stream** (``centring_writes``, ``shifts``). Where all norms that read it are LayerNorms, what is written
 along 1 is not seen: one dimension a column and a bias of each map that writes, and a row of each embedding; not for a
@@ -209,8 +210,8 @@ class _Counter:
             self.heads(layer, attention_norm)
             self.feed_forward(layer)
             self.writes(layer.attention.output, layer.attention_out_norm)
-            if layer.mlp is not None:
-                self.writes(layer.mlp.down, layer.mlp_out_norm)
+            for mlp in layer.feed_forward:
+                self.writes(mlp.down, layer.mlp_out_norm)
             self.parallel_biases(layer)
         self.embeddings()
         self.logits()
@@ -220,16 +221,16 @@ class _Counter:
     # --- parts of a layer ---
 
     def readings(self, layer: Layer, attention_norm: Norm, mlp_norm: Norm) -> None:
-        heads, latent, mlp = layer.attention, layer.attention.latent, layer.mlp
+        heads, latent = layer.attention, layer.attention.latent
         if latent is None:
             attention = [heads.query, heads.key, heads.value]
         elif latent.query_latent is None:
             attention = [heads.query, latent.rotary_query, latent.kv_latent, latent.rotary_key]
         else:
             attention = [latent.query_latent, latent.kv_latent, latent.rotary_key]
-        feed_forward = [] if mlp is None else [part for part in (mlp.up, mlp.gate) if part is not None]
-        if mlp is None and mlp_norm.kind == "layer":
-            raise ValueError("flat directions of experts that read a LayerNorm are not counted: describe an RMS norm")
+        feed_forward = list(layer.feed_forward_readers)
+        if layer.experts is not None and layer.mlp_out_norm is not None:
+            raise ValueError("flat directions of experts are not counted where a norm of what they write follows")
         if attention_norm.path == mlp_norm.path:
             self.reading(attention_norm, attention + feed_forward)
         else:
@@ -299,13 +300,12 @@ class _Counter:
         return stream if latent.query_latent is None else latent.query_latent.width, latent.kv_latent.width
 
     def feed_forward(self, layer: Layer) -> None:
-        mlp, experts = layer.mlp, layer.experts
-        if mlp is not None:
+        for mlp in layer.feed_forward:
             self.add("mlp_scales", mlp.up.width * ((mlp.gate is not None) + mlp.homogeneous))
-        if experts is not None:
-            features = experts.num_experts * experts.width + experts.shared_width
-            self.add("mlp_scales", features * (1 + experts.homogeneous))
-            self.add("router_shift", self.layout.dim)
+        experts, norm = layer.experts, layer.mlp_norm
+        if experts is not None and experts.softmax and norm is not None:
+            bias = experts.router.bias
+            self.add("router_shift", self.layout.dim + bias - (norm.kind == "layer" and (bias or not norm.bias)))
 
     def writes(self, projection: Projection, out_norm: Norm | None) -> None:
         """What a map writes along 1, and what a norm after it takes off."""
@@ -378,5 +378,5 @@ def flat_directions(model: Any) -> FlatDirections:
     """
     layout = model if isinstance(model, ModelLayout) else model_layout(model)
     sectors = _Counter(layout).count()
-    parameters = sum(map(prod, layout.tensor_shapes().values())) + layout.other_parameters
+    parameters = sum(map(prod, layout.tensor_shapes().values()))
     return FlatDirections(layout.kind, MappingProxyType(sectors), parameters)

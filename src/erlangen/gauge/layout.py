@@ -35,6 +35,7 @@ class Projection:
         side: whether the slices are of its outputs, or of its inputs (the output projection of attention).
         transposed: the weight is stored [in, out], as by GPT-2.
         bias: whether the map has a bias.
+        stack: of maps that are stored as one tensor [maps, ..., ...], named ``path`` itself: which of them this is.
     """
 
     path: str
@@ -43,11 +44,17 @@ class Projection:
     side: Literal["out", "in"] = "out"
     transposed: bool = False
     bias: bool = False
+    stack: int | None = None
 
     @property
     def weight(self) -> str:
-        """Name of the weight."""
-        return f"{self.path}.weight"
+        """Name of the tensor that holds the weight."""
+        return self.path if self.stack is not None else f"{self.path}.weight"
+
+    @property
+    def key(self) -> str:
+        """A name of the map that no other has: its path, and its number where maps are stacked."""
+        return self.path if self.stack is None else f"{self.path}.{self.stack}"
 
     @property
     def bias_name(self) -> str | None:
@@ -70,9 +77,13 @@ class Projection:
         starts = torch.tensor(self.starts, device=device)
         return (starts[:, None] + torch.arange(self.width, device=device)).flatten()
 
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The matrix of this map in a stored weight: that itself, or one of a stack."""
+        return weight if self.stack is None or weight.ndim == 2 else weight[self.stack]
+
     def heads(self, weight: Tensor) -> Tensor:
-        """The slices of a stored weight: [heads, width, other side of the map]."""
-        weight = weight.movedim(self._axis, 0)
+        """The slices of a stored weight (of a stack, or its matrix alone): [heads, width, other side of the map]."""
+        weight = self.matrix(weight).movedim(self._axis, 0)
         whole = self._whole
         rows = weight[self._index(weight.device)] if whole is None else weight[whole]
         return rows.unflatten(0, (len(self.starts), self.width))
@@ -80,7 +91,7 @@ class Projection:
     def put_heads(self, weight: Tensor, heads: Tensor) -> None:
         """Write slices [heads, width, other side of the map] into a stored weight, in place."""
         rows, whole = heads.flatten(0, 1).to(weight.dtype), self._whole
-        weight = weight.movedim(self._axis, 0)
+        weight = self.matrix(weight).movedim(self._axis, 0)
         weight[self._index(weight.device) if whole is None else whole] = rows
 
     def head_biases(self, bias: Tensor) -> Tensor:
@@ -276,24 +287,49 @@ class MLP:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """The sizes of a mixture of experts: gated feed-forward layers, chosen and weighted by a softmax of linear scores.
+    """A mixture of experts: feed-forward layers, some of which a router chooses for each token and weighs.
+
+    The scores are linear, and which experts are chosen depends on them alone. Routers with more numbers than that (a
+    correction added for the choice) are not described.
 
     Attributes:
-        num_experts: from which the router chooses.
-        width: hidden features of one.
-        shared_width: hidden features of those that always take part, all together.
-        activation: its name.
+        router: one slice, of a row an expert.
+        experts: what is chosen from: alike, and without biases.
+        shared: what always takes part, as one feed-forward layer; None: nothing.
+        groups: how many groups of experts that follow each other the router chooses from before it chooses experts.
+        softmax: whether weights and choice are those of a softmax over all experts, which does not see what is added
+            to all scores. False for other scores, such as sigmoids.
     """
 
-    num_experts: int
-    width: int
-    shared_width: int
-    activation: str
+    router: Projection
+    experts: tuple[MLP, ...]
+    shared: MLP | None = None
+    groups: int = 1
+    softmax: bool = True
+
+    def __post_init__(self) -> None:
+        kinds = {(part.up.width, part.activation, part.gate is None) for part in self.experts}
+        plain = all(
+            part.slope is None and not any(map_.bias for map_ in (part.up, part.down, part.gate) if map_ is not None)
+            for part in self.experts
+        )
+        if len(kinds) != 1 or not plain:
+            raise ValueError("the experts of a mixture must be alike, at least one, without biases and slopes")
+        number = len(self.experts)
+        if (len(self.router.starts), self.router.width, self.router.side) != (1, number, "out"):
+            raise ValueError(f"the router of {number} experts has one slice of {number} rows, received {self.router}")
+        if self.groups < 1 or number % self.groups:
+            raise ValueError(f"groups of experts must divide them, received {self.groups} groups of {number} experts")
 
     @property
-    def homogeneous(self) -> bool:
-        """Whether a positive scale goes through the activation unchanged."""
-        return self.activation in _HOMOGENEOUS
+    def parts(self) -> tuple[MLP, ...]:
+        """The feed-forward layers, with that which always takes part at the end."""
+        return self.experts if self.shared is None else (*self.experts, self.shared)
+
+    @property
+    def readers(self) -> tuple[Projection, ...]:
+        """The maps that read the residual stream (through a norm)."""
+        return (self.router, *(part for mlp in self.parts for part in (mlp.up, mlp.gate) if part is not None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,8 +338,8 @@ class Layer:
 
     Attributes:
         attention: its heads.
-        mlp: its feed-forward layer; None for a mixture of experts, whose tensors are left as they are.
-        experts: what is counted of that mixture.
+        mlp: its feed-forward layer; None for a mixture of experts.
+        experts: that mixture.
         attention_norm, mlp_norm: norms of what attention and feed-forward layer read. One norm of both, in a layer
             whose branches are parallel, is named twice.
         attention_out_norm, mlp_out_norm: norms of what a branch writes, before it is added (Gemma-2, Gemma-3).
@@ -321,6 +357,22 @@ class Layer:
     attention_sum_norm: Norm | None = None
     mlp_sum_norm: Norm | None = None
     parallel: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.mlp is None) == (self.experts is None):
+            raise ValueError("a layer has either an mlp or experts")
+
+    @property
+    def feed_forward(self) -> tuple[MLP, ...]:
+        """Its feed-forward layer, or all those of its mixture of experts."""
+        return (self.mlp,) if self.mlp is not None else self.experts.parts if self.experts is not None else ()
+
+    @property
+    def feed_forward_readers(self) -> tuple[Projection, ...]:
+        """The maps of the feed-forward part that read the residual stream (through a norm)."""
+        if self.mlp is None:
+            return () if self.experts is None else self.experts.readers
+        return tuple(part for part in (self.mlp.up, self.mlp.gate) if part is not None)
 
     @property
     def joined(self) -> bool:
@@ -351,7 +403,6 @@ class ModelLayout:
             they are taken with the token embedding.
         tied: the logits are taken with the token embedding.
         soft_cap: of the logits; None: no cap.
-        other_parameters: how many parameters the model has beside those named here (experts and their routers).
     """
 
     kind: str
@@ -365,7 +416,6 @@ class ModelLayout:
     unembedding: Projection | None = None
     tied: bool = False
     soft_cap: float | None = None
-    other_parameters: int = 0
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and stored shape of every tensor that this layout speaks of."""
@@ -380,9 +430,11 @@ class ModelLayout:
             """The map of a projection, as far as its slices reach; ``other``: the size of its other side."""
             if projection is not None:
                 size = max(projection.starts) + projection.width
-                stored = shapes.get(projection.weight, (0, 0))
-                size = max(size, stored[projection._axis])
-                shapes[projection.weight] = (other, size) if projection._axis else (size, other)
+                *stack, first, second = shapes.get(projection.weight, (0, 0))
+                size = max(size, second if projection._axis else first)
+                if projection.stack is not None:
+                    stack = [max([projection.stack + 1, *stack])]
+                shapes[projection.weight] = (*stack, other, size) if projection._axis else (*stack, size, other)
                 if projection.bias_name is not None:
                     shapes[projection.bias_name] = (size if projection.side == "out" else other,)
 
@@ -405,11 +457,13 @@ class ModelLayout:
             if isinstance(heads.qk_norm, tuple):
                 for norm, number in zip(heads.qk_norm, (heads.num_heads, heads.num_kv_heads)):
                     put_norm(norm, heads.head_dim * (number if heads.qk_norm_over == "all" else 1))
-            if layer.mlp is not None:
-                for projection in (layer.mlp.gate, layer.mlp.up, layer.mlp.down):
+            for mlp in layer.feed_forward:
+                for projection in (mlp.gate, mlp.up, mlp.down):
                     put(projection, self.dim)
-                if layer.mlp.slope is not None:
-                    shapes[layer.mlp.slope] = (layer.mlp.up.width,)
+                if mlp.slope is not None:
+                    shapes[mlp.slope] = (mlp.up.width,)
+            if layer.experts is not None:
+                put(layer.experts.router, self.dim)
             put_norm(layer.attention_norm, self.dim)
             put_norm(layer.mlp_norm, self.dim)
             put_norm(layer.attention_out_norm, self.dim)

@@ -2,8 +2,8 @@
 
 Every symmetry that a layout leaves is used: factors of queries and keys, and of values and output; what a norm's gain
 and bias exchange with the maps that read it; what layer norms take off; scales through feed-forward layers; shifts of
-biases; orders of heads and hidden features; on request the frame of the residual stream. A symmetry that holds only up
-to the eps of a norm is none, and is not used.
+biases and of the scores of experts; orders of heads, hidden features and experts; on request the frame of the residual
+stream. A symmetry that holds only up to the eps of a norm is none, and is not used.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import forms
 from ._canonical_residual import mean_free_basis
+from ._experts import alike_scores, by_group, maps_of, replace_experts
 from ._fold import (
     Fold,
     Frame,
@@ -29,7 +30,7 @@ from ._fold import (
 )
 from ._weights import ModuleWeights, PendingWeights, Weights
 from .canonical import check_weights, out_norm_in_frame
-from .layout import HeadLayout, Layer, ModelLayout, Norm, model_layout
+from .layout import MLP, Experts, HeadLayout, Layer, ModelLayout, Norm, model_layout
 
 
 class _Random:
@@ -343,9 +344,18 @@ def _stream(attention: HeadLayout) -> tuple[str, ...]:
 
 
 def _feed_forward(layer: Layer, weights: Weights, unfold: _Unfold, writing: Writing, random: _Random, permute: bool):
-    mlp = layer.mlp
-    if mlp is None:
-        return
+    if layer.mlp is not None:
+        out = layer.mlp_out_norm
+        factor = random.scales(1).item() if out is not None and out.eps == 0 else 1.0
+        _single(layer.mlp, weights, unfold, writing, random, permute, factor)
+    if layer.experts is not None:
+        if layer.experts.shared is not None:
+            _single(layer.experts.shared, weights, unfold, writing, random, permute, 1.0)
+        _mixture(layer.experts, weights, unfold, writing, random, permute)
+
+
+def _factors(mlp: MLP, random: _Random) -> dict[str, Tensor]:
+    """Scales and signs [features] that go through a feed-forward layer."""
     features = mlp.up.width
     scale = random.scales(features) if mlp.gate is not None or mlp.homogeneous else random.normal(features) * 0 + 1
     factors = {"up": scale, "down": 1 / scale, "gate": torch.ones_like(scale)}
@@ -355,6 +365,14 @@ def _feed_forward(layer: Layer, weights: Weights, unfold: _Unfold, writing: Writ
         if mlp.homogeneous:
             through = random.scales(features)
             factors["gate"], factors["down"] = factors["gate"] * through, factors["down"] / through
+    return factors
+
+
+def _single(
+    mlp: MLP, weights: Weights, unfold: _Unfold, writing: Writing, random: _Random, permute: bool, factor: float
+) -> None:
+    """Move a feed-forward layer; what it writes is multiplied by a factor."""
+    features, factors = mlp.up.width, _factors(mlp, random)
     order = torch.arange(features, device=random.device)
     movable = mlp.activation != "prelu" or mlp.slope is not None
     if permute and movable:
@@ -365,11 +383,7 @@ def _feed_forward(layer: Layer, weights: Weights, unfold: _Unfold, writing: Writ
             factors["up"] = torch.where(turned, -factors["up"], factors["up"])
             factors["down"] = torch.where(turned, -slope * factors["down"], factors["down"])
             weights[mlp.slope] = torch.where(turned, 1 / slope.where(turned, torch.ones_like(slope)), slope)[order]
-    out = layer.mlp_out_norm
-    factor = random.scales(1).item() if out is not None and out.eps == 0 else 1.0
-    for name, part in (("up", mlp.up), ("gate", mlp.gate), ("down", mlp.down)):
-        if part is None:
-            continue
+    for name, part in maps_of(mlp).items():
         new = weights[part.weight].clone()
         rows, added = part.heads(new).double(), None
         if name == "down":
@@ -388,6 +402,46 @@ def _feed_forward(layer: Layer, weights: Weights, unfold: _Unfold, writing: Writ
             values = part.head_biases(bias) + (0 if added is None else added)
             part.put_head_biases(bias, (factors[name] * values[0])[order][None])
         weights[part.bias_name] = bias
+
+
+def _mixture(
+    experts: Experts, weights: Weights, unfold: _Unfold, writing: Writing, random: _Random, permute: bool
+) -> None:
+    """Move a mixture of experts, but for what always takes part."""
+    router = experts.router
+    new = weights[router.weight].clone()
+    rows = router.heads(new)[0].double()
+    bias = None if router.bias_name is None else weights[router.bias_name].double()
+    order = torch.arange(len(rows), device=random.device)
+    whole = rows if bias is None else torch.cat([rows, bias[:, None]], dim=1)
+    if permute and not alike_scores(whole, weights.dtype(router.weight)):
+        inner = torch.stack([random.order(len(order) // experts.groups) for _ in range(experts.groups)])
+        order = by_group(experts, random.order(experts.groups), inner)
+    if experts.softmax:
+        rows = rows + random.normal(rows.shape[1]) * rows.square().mean().sqrt()
+    rows, added = unfold.rows(rows)
+    router.put_heads(new, rows[order][None])
+    weights[router.weight] = new
+    if router.bias_name is not None and bias is not None:
+        bias = bias if added is None else bias + added
+        weights[router.bias_name] = (bias + random.normal(1) if experts.softmax else bias)[order]
+
+    def treat(expert: int, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        mlp = experts.experts[expert]
+        found, factors = {name: matrix.clone() for name, matrix in stored.items()}, _factors(mlp, random)
+        places = random.order(mlp.up.width) if permute else torch.arange(mlp.up.width, device=random.device)
+        if mlp.activation == "prelu":
+            places = torch.arange(mlp.up.width, device=random.device)
+        for name, part in maps_of(mlp).items():
+            old = part.heads(found[part.weight]).double()
+            if name == "down":
+                moved = _free_mean(writing.rows(old), writing.centred, random)
+            else:
+                moved = unfold.rows(old)[0]
+            part.put_heads(found[part.weight], (factors[name][:, None] * moved[0])[places][None])
+        return found
+
+    replace_experts(experts, weights, order, treat)
 
 
 def _frame(layout: ModelLayout, steps: Plan, random: _Random) -> Frame:
@@ -502,13 +556,13 @@ def random_move(
     """Move a model along its gauge, in place: its weights change, its function does not.
 
     Computed in float64 and stored in the parameters' dtype: the function is kept up to that rounding, times the
-    condition. Mixtures of experts are left as they are.
+    condition.
 
     Args:
         model: a model whose layout is known (wrappers of compile and DDP are seen through).
         condition: of the matrices by which heads are multiplied; scales lie within its square root and the inverse.
         generator: of the random numbers. None: torch's global one.
-        permute: also change the order of heads and hidden features.
+        permute: also change the order of heads, hidden features and experts.
         residual: also change the frame of the residual stream: a rotation where one is free, a (signed) permutation
             where not.
         logit_shift: also add a constant to all logits of a position, which softmax does not see.

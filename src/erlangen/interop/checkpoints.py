@@ -172,7 +172,7 @@ class Checkpoint:
                 )
         rest = [name for name in self._places if name not in expected and not _BUFFERS.search(name)]
         copies = self._find_copies(rest)
-        rest = [name for name in rest if name not in copies.values() and not self._is_expert(name)]
+        rest = [name for name in rest if name not in copies.values()]
         if self.layout.unembedding is None or self.layout.final_norm is None:
             rest = [name for name in rest if not _HEADS.search(name)]
         rest += [name for name in self._places if "cls.predictions.transform" in name and not self._has_decoder()]
@@ -207,16 +207,6 @@ class Checkpoint:
             torch.equal(self.rows(name, first, first + step), self.rows(other, first, first + step))
             for first in range(0, rows, step)
         )
-
-    def _is_expert(self, name: str) -> bool:
-        """Whether it is of a feed-forward layer that the layout leaves open."""
-        for layer in self.layout.layers:
-            if layer.mlp is None:
-                query, output = (path.split(".") for path in (layer.attention.query.path, layer.attention.output.path))
-                common = [part for part, other in zip(query, output) if part == other]
-                if name.startswith(".".join([*common[:-1], "mlp."])):
-                    return True
-        return False
 
     def heads(self) -> list[str]:
         """Tensors of poolers and classifiers, which read the last hidden states; no layout speaks of them."""

@@ -121,12 +121,14 @@ class _Frame:
         prefix: of all names inside the base model.
         logits: whether there are logits (a base model has none).
         head: path of the untied map to the logits.
+        names: of the tensors of a checkpoint; empty for a live model.
     """
 
     config: _Config
     prefix: str
     logits: bool
     head: str
+    names: Container[str] = ()
 
     def model(self, *, dim: int, tied: bool, **parts: Any) -> ModelLayout:
         vocab_size = self.config.size("vocab_size")
@@ -422,6 +424,35 @@ def _bert(frame: _Frame) -> ModelLayout:
     )
 
 
+def _experts(path: str, number: int, hidden: int, activation: str, names: Container[str]) -> tuple[MLP, ...]:
+    """Experts with maps of their own, as in checkpoints, or in two stacks, as in models of transformers 5."""
+    if f"{path}.0.gate_proj.weight" in names:
+        return tuple(_swiglu(f"{path}.{expert}", hidden, activation) for expert in range(number))
+    return tuple(
+        MLP(
+            gate=rows(f"{path}.gate_up_proj", 1, hidden, stack=expert),
+            up=rows(f"{path}.gate_up_proj", 1, hidden, start=hidden, stack=expert),
+            down=rows(f"{path}.down_proj", 1, hidden, side="in", stack=expert),
+            activation=activation,
+        )
+        for expert in range(number)
+    )
+
+
+def _expert_groups(config: _Config, num_experts: int) -> int:
+    """How many groups of experts the router of a DeepSeek-V2 chooses from first."""
+    scores, method = config.get("scoring_func", "softmax"), config.get("topk_method", "greedy")
+    if scores != "softmax" or method not in ("greedy", "group_limited_greedy"):
+        raise ValueError(
+            "the router of a deepseek_v2 config must have scoring_func 'softmax' and topk_method 'greedy' or "
+            f"'group_limited_greedy', received {scores!r} and {method!r}"
+        )
+    groups = config.size("n_group") if method == "group_limited_greedy" else 1
+    if num_experts % groups:
+        raise ValueError(f"n_group must divide n_routed_experts, received {groups} and {num_experts} (deepseek_v2)")
+    return groups
+
+
 def _deepseek_v2(frame: _Frame) -> ModelLayout:
     config, prefix = frame.config, frame.prefix
     dim, heads = config.size("hidden_size"), config.size("num_attention_heads")
@@ -437,12 +468,8 @@ def _deepseek_v2(frame: _Frame) -> ModelLayout:
     eps, bias = config.number("rms_norm_eps", 1e-6), config.flag("attention_bias", False)
     mlp_bias, activation = config.flag("mlp_bias", False), config.get("hidden_act", "silu")
     hidden, expert_width = config.size("intermediate_size", 11008), config.size("moe_intermediate_size", 1407)
-    experts = Experts(
-        num_experts=config.size("n_routed_experts", 64),
-        width=expert_width,
-        shared_width=config.size("n_shared_experts", 2) * expert_width,
-        activation=activation,
-    )
+    num_experts, shared_width = config.size("n_routed_experts", 64), config.size("n_shared_experts", 2) * expert_width
+    groups = _expert_groups(config, num_experts)
     rotary = Rotary(dim=config.rotary(turned).dim, pairs="interleaved")
     dense = config.get("first_k_dense_replace", 0)
     if isinstance(dense, bool) or not isinstance(dense, int) or dense < 0:
@@ -454,6 +481,14 @@ def _deepseek_v2(frame: _Frame) -> ModelLayout:
 
     def norm(path: str, eps: float = eps) -> Norm:
         return Norm(path=path, kind="rms", eps=eps)
+
+    def experts(path: str) -> Experts:
+        return Experts(
+            router=rows(f"{path}.gate", 1, num_experts),
+            experts=_experts(f"{path}.experts", num_experts, expert_width, activation, frame.names),
+            shared=_swiglu(f"{path}.shared_experts", shared_width, activation, mlp_bias),
+            groups=groups,
+        )
 
     def layer(path: str, index: int) -> Layer:
         at = f"{path}.self_attn"
@@ -485,24 +520,18 @@ def _deepseek_v2(frame: _Frame) -> ModelLayout:
                 latent=latent,
             ),
             mlp=_swiglu(f"{path}.mlp", hidden, activation, mlp_bias) if index < dense else None,
-            experts=experts if index >= dense else None,
+            experts=experts(f"{path}.mlp") if index >= dense else None,
             attention_norm=norm(f"{path}.input_layernorm"),
             mlp_norm=norm(f"{path}.post_attention_layernorm"),
         )
 
-    layers = frame.layers("num_hidden_layers", "layers", layer)
-    # Gates, ups and downs, and the router; biases are of the shared experts alone.
-    shared = experts.shared_width
-    one_mixture = dim * (3 * experts.num_experts * experts.width + experts.num_experts + 3 * shared)
-    one_mixture += mlp_bias * (2 * shared + dim)
     return frame.model(
         dim=dim,
         tied=False,
         token_embedding=f"{prefix}embed_tokens.weight",
         other_embeddings={},
-        layers=layers,
+        layers=frame.layers("num_hidden_layers", "layers", layer),
         final_norm=norm(f"{prefix}norm"),
-        other_parameters=sum(layer.mlp is None for layer in layers) * one_mixture,
     )
 
 
@@ -587,7 +616,8 @@ def layout_of_config(
         prefix: of the base model's names ("model." in LlamaForCausalLM, "" in LlamaModel). None: found among
             ``names``, or what the class has.
         names: of the tensors that a checkpoint holds. Names that differ between checkpoints of one family are taken
-            from here: the prefix, and Pythia's ``embed_out`` for the ``lm_head`` of a live model.
+            from here: the prefix, Pythia's ``embed_out`` for the ``lm_head`` of a live model, and experts with maps of
+            their own for the stacks of a live model.
 
     Raises:
         ValueError: a config of an architecture that is not described here, one whose numbers are missing or contradict
@@ -618,7 +648,7 @@ def layout_of_config(
             choices = (prefix, "", family.prefix)
             prefix = next((choice for choice in choices if choice + family.token_embedding in names), prefix)
     head = next((path for path in family.heads if names is not None and f"{path}.weight" in names), family.heads[0])
-    return family.layout(_Frame(_Config(config), prefix, role == "logits", head))
+    return family.layout(_Frame(_Config(config), prefix, role == "logits", head, () if names is None else names))
 
 
 # --- from a live model ------------------------------------------------------------------------------------------------
