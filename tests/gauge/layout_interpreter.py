@@ -22,6 +22,8 @@ class Constants:
     embedding_scale: float = 1.0
     rotary_bases: tuple[float, ...] = (10.0,)  # by layer, the last repeated
     causal: bool = True
+    chosen_experts: int = 2
+    chosen_groups: int = 1
 
 
 def interpret(layout, tensors, tokens, constants=None, types=None):
@@ -99,6 +101,20 @@ def interpret(layout, tensors, tokens, constants=None, types=None):
         hidden, act = read(x, mlp.up), ACTIVATIONS[mlp.activation]
         return write(act(hidden) if mlp.gate is None else act(read(x, mlp.gate)) * hidden, mlp.down)
 
+    def mixture(x, experts):
+        """Every expert for every token; those that are not chosen with weight 0."""
+        scores = read(x, experts.router)[:, 0]
+        weights = scores.softmax(-1) if experts.softmax else scores.sigmoid()
+        by_group = weights.unflatten(-1, (experts.groups, -1))
+        best = by_group.amax(-1).topk(constants.chosen_groups if experts.groups > 1 else 1, dim=-1).indices
+        open_groups = torch.zeros_like(by_group[..., 0]).scatter(-1, best, 1.0)
+        allowed = (by_group * open_groups[..., None]).flatten(-2)
+        chosen = allowed.topk(constants.chosen_experts, dim=-1).indices
+        weights = weights * torch.zeros_like(weights).scatter(-1, chosen, 1.0)
+        each = torch.stack([feed_forward(x, expert) for expert in experts.experts], dim=-2)
+        written = (weights[..., None] * each).sum(-2)
+        return written if experts.shared is None else written + feed_forward(x, experts.shared)
+
     x = tensors[layout.token_embedding][tokens] * constants.embedding_scale
     others = list(layout.other_embeddings)
     if others:
@@ -111,7 +127,9 @@ def interpret(layout, tensors, tokens, constants=None, types=None):
         written = norm(attention(norm(x, layer.attention_norm), layer.attention, base), layer.attention_out_norm)
         between = norm(x + written, layer.attention_sum_norm)
         read_by_mlp = x if layer.parallel else between
-        written = norm(feed_forward(norm(read_by_mlp, layer.mlp_norm), layer.mlp), layer.mlp_out_norm)
+        normed_x = norm(read_by_mlp, layer.mlp_norm)
+        written = feed_forward(normed_x, layer.mlp) if layer.experts is None else mixture(normed_x, layer.experts)
+        written = norm(written, layer.mlp_out_norm)
         x = norm(between + written, layer.mlp_sum_norm)
     x = norm(x, layout.final_norm)
     if layout.tied:

@@ -8,11 +8,12 @@ import tiny_transformers as tiny
 import torch
 
 from erlangen import breaking, gauge
-from erlangen.gauge import _canonical_heads
+from erlangen.gauge import _canonical_heads, moves
 from erlangen.gauge._fold import plan
-from erlangen.gauge._weights import ModuleWeights
+from erlangen.gauge._weights import ModuleWeights, PendingWeights
 from erlangen.gauge.canonical import canonical_form
 from erlangen.gauge.certificate import Certificate
+from erlangen.gauge.moves import _Random
 from erlangen.lm import GPT, GPTConfig
 
 OURS = {
@@ -401,21 +402,39 @@ def test_certificate_of_a_model_of_transformers():
     assert certificate.max_logit_difference["float64"] < 1e-12
     experts = gauge.canonicalize(tiny.make("deepseek_v2 experts"))
     assert experts.max_logit_difference["float64"] < 1e-12
-    assert any("mixture of experts" in line for line in experts.folded)
+    assert any("1 mixtures of experts: what softmax does not see" in line for line in experts.folded)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2 base", "llama", "qwen3", "gemma2", "gpt_neox in turn"])
-def test_every_flat_direction_is_fixed(name):
-    """Steps along null vectors of the Jacobian, which no formula here knows of, lead to the same canonical form."""
-    pytest.importorskip("transformers")
+def without_eps(name, patch):
+    """A model of one layer without eps in any norm, and a layout that says so."""
     model_class, config_class, fields = tiny.MODELS[name]
     no_eps = {"num_hidden_layers": 1, "rms_norm_eps": 0.0, "layer_norm_eps": 0.0}
     no_eps = {"n_layer": 1, "layer_norm_epsilon": 0.0} if "gpt2" in name else no_eps
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tiny.MODELS, name, (model_class, config_class, fields | no_eps))
-        model = tiny.without_eps(tiny.make(name))
-    steps, has_logits = plan(gauge.model_layout(model)), "base" not in name
-    tokens = tiny.some_tokens(24, 6)
+    if name.startswith("deepseek"):
+        # Quadratic forms of latents need more tokens than they have numbers.
+        no_eps |= {
+            "hidden_size": 6,
+            "kv_lora_rank": 4,
+            "vocab_size": 24,
+            "first_k_dense_replace": int("experts" not in name),
+        }
+        no_eps |= {"q_lora_rank": None if "lite" in name else 4}
+        patch.setattr("erlangen.interop.layouts._LATENT_EPS", 0.0)
+    patch.setitem(tiny.MODELS, name, (model_class, config_class, fields | no_eps))
+    return tiny.without_eps(tiny.make(name))
+
+
+DEEPSEEK = ["deepseek_v2", "deepseek_v2 lite", "deepseek_v2 experts"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 base", "llama", "qwen3", "gemma2", "gpt_neox in turn", *DEEPSEEK])
+def test_every_flat_direction_is_fixed(name, monkeypatch):
+    """Steps along null vectors of the Jacobian, which no formula here knows of, lead to the same canonical form."""
+    pytest.importorskip("transformers")
+    model = without_eps(name, monkeypatch)
+    layout = gauge.model_layout(model)
+    steps, has_logits = plan(layout), "base" not in name
+    tokens = tiny.some_tokens(24, 6, vocab_size=layout.vocab_size)
     names = [key for key, _ in model.named_parameters()]
     sizes = [model.get_parameter(key).numel() for key in names]
     start = torch.cat([model.get_parameter(key).detach().flatten() for key in names])
@@ -433,6 +452,8 @@ def test_every_flat_direction_is_fixed(name):
     values, vectors = torch.linalg.eigh(jacobian.mT @ jacobian)
     null = vectors[:, values < 1e-13 * values[-1]]
     assert null.shape[1] > 50
+    if name in DEEPSEEK:
+        assert null.shape[1] == gauge.flat_directions(model).total
     direction = null @ torch.randn(null.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     forms, step = [], 1e-6
     options = {"logit_shift": has_logits, "residual": steps.rotations in ("all", "mean")}
@@ -446,6 +467,58 @@ def test_every_flat_direction_is_fixed(name):
     change = max((forms[0][key] - forms[1][key]).abs().max().item() for key in names)
     # A direction that is left shows as a change of a hundredth of the step; curvature and rounding as less.
     assert change < 1e-4 * step
+
+
+class _Near(_Random):
+    """In the place of random numbers far from the identity, those near to it; twice the same but for the sign."""
+
+    step = 0.0
+
+    def normal(self, *shape):
+        return self.step * super().normal(*shape)
+
+    def scales(self, *shape):
+        return self.normal(*shape).exp()
+
+    def signs(self, *shape):
+        return torch.ones(shape, dtype=torch.float64)
+
+    def rotations(self, number, width):
+        values = self.normal(number, width, width)
+        return torch.matrix_exp(values - values.mT)
+
+    def matrices(self, number, width):
+        values = self.normal(number, width, width)
+        return torch.matrix_exp(values), torch.matrix_exp(-values.mT)
+
+    def phases(self, number, width):
+        angles = self.normal(number, width)
+        return torch.polar(torch.ones_like(angles), angles)
+
+
+@pytest.mark.parametrize("name", ["gpt2 untied", *DEEPSEEK])
+def test_moves_reach_every_flat_direction(name, monkeypatch):
+    """The moves near the identity span as many dimensions as are counted (and as the Jacobian has null vectors)."""
+    pytest.importorskip("transformers")
+    model = without_eps(name, monkeypatch)
+    layout, weights = gauge.model_layout(model), ModuleWeights(model)
+    options = {"logit_shift": True, "residual": plan(layout).rotations in ("all", "mean")}
+    gauge.canonicalize(model, check=False, **options)  # gains of 1 and no means: what moves near 1 start from
+    monkeypatch.setattr(moves, "_Random", _Near)
+    count = gauge.flat_directions(model).total
+
+    def at(step, seed):
+        monkeypatch.setattr(_Near, "step", step)
+        pending = PendingWeights(weights)
+        moves.move(layout, pending, 2.0, torch.Generator().manual_seed(seed), permute=False, **options)
+        return torch.cat([pending[key].flatten() for key in layout.tensor_shapes()])
+
+    assert (at(0.0, 0) - at(1e-4, 0)).abs().max() > 1e-5
+    tangents = torch.stack([at(1e-4, seed) - at(-1e-4, seed) for seed in range(count + 10)])
+    values = torch.linalg.svdvals(tangents)
+    values = values / values[0]
+    # Differences of second order are 1e-8 of the first.
+    assert values[count - 1] > 1e-5 and values[count] < 1e-7, values[count - 3 : count + 3]
 
 
 def test_unlearned_biases_are_not_overlooked():

@@ -26,7 +26,7 @@ OURS = {
 }
 THEIRS = (
     "gpt2", "gpt2 base", "gpt_neox", "llama biased", "llama tied", "qwen2", "qwen3", "phi3", "gemma2", "gemma3",
-    "deepseek_v2", "deepseek_v2 experts",
+    "deepseek_v2", "deepseek_v2 experts", "deepseek_v2 grouped experts",
 )  # fmt: skip
 # Of sums of a few thousand products, relative to the largest entry.
 ROUNDING = 1e-11

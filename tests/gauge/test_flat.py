@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from erlangen import gauge
-from erlangen.gauge import MLP, HeadLayout, Layer, ModelLayout, Norm, Rotary, rows
+from erlangen.gauge import MLP, Experts, HeadLayout, Layer, ModelLayout, Norm, Rotary, rows
 from erlangen.lm import GPT, GPTConfig
 
 # --- known models -----------------------------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ def test_models_of_transformers(name):
     model = without_eps(make(base, **fields | FOREIGN[name]))
     layout = gauge.model_layout(model)
     shapes = layout.tensor_shapes()
-    # Heads that read hidden states are held fixed; experts count.
-    parameters = [tensor for key, tensor in model.named_parameters() if key in shapes or ".mlp." in key]
+    # Heads that read hidden states are held fixed.
+    parameters = [tensor for key, tensor in model.named_parameters() if key in shapes]
 
     def function(tokens):
         types = None
@@ -223,8 +223,7 @@ def test_models_of_transformers(name):
     flat = gauge.flat_directions(model)
     assert flat.parameters == sum(parameter.numel() for parameter in parameters)
     assert_counted(flat, function, parameters, layout.vocab_size)
-    if family != "deepseek_v2":
-        assert gauge.flat_directions(layout) == flat
+    assert gauge.flat_directions(layout) == flat
 
 
 def test_a_wrong_count_is_seen():
@@ -267,6 +266,9 @@ def made_up(
     others=0,
     width=4,
     logits=True,
+    experts=0,
+    softmax=True,
+    router_bias=False,
 ):
     """One layer of a decoder, dim 8."""
 
@@ -291,15 +293,26 @@ def made_up(
         qk_norm_over=over,
         soft_cap=soft_cap,
     )
-    mlp = MLP(
-        up=rows("up", 1, 5, bias=bias),
-        gate=rows("gate", 1, 5, bias=bias) if gated else None,
-        down=rows("down", 1, 5, side="in", bias=output_bias),
-        activation=activation,
-    )
+
+    def mlp(path, width, bias, output_bias):
+        return MLP(
+            up=rows(f"{path}up", 1, width, bias=bias),
+            gate=rows(f"{path}gate", 1, width, bias=bias) if gated else None,
+            down=rows(f"{path}down", 1, width, side="in", bias=output_bias),
+            activation=activation,
+        )
+
     layer = Layer(
         attention=attention,
-        mlp=mlp,
+        mlp=None if experts else mlp("", 5, bias, output_bias),
+        experts=Experts(
+            router=rows("router", 1, experts, bias=router_bias),
+            experts=tuple(mlp(f"{number}.", 3, False, False) for number in range(experts)),
+            shared=mlp("shared.", 2, bias, output_bias) if experts > 3 else None,
+            softmax=softmax,
+        )
+        if experts
+        else None,
         attention_norm=norm("attention_norm"),
         mlp_norm=norm("attention_norm" if shared else "mlp_norm"),
         attention_out_norm=norm("attention_out_norm", out_kind, out_bias) if out_kind else None,
@@ -352,6 +365,14 @@ MADE_UP = {
     "wide heads, biases": LN
     | {"width": 10, "others": 1, "kv_heads": 1, "bias": True, "output_bias": True, "norm_bias": True},
     "value biases without output bias": {"bias": True, "heads": 3, "kv_heads": 3, "others": 1},
+    "experts": {"experts": 4, "others": 1, "bias": True, "output_bias": True},
+    "experts of relu, without what they share": {"experts": 3, "others": 1, "activation": "relu"},
+    "experts without gates": {"experts": 3, "others": 1, "gated": False, "router_bias": True},
+    "experts with other scores": {"experts": 3, "others": 1, "softmax": False, "router_bias": True},
+    "experts behind a LayerNorm": LN | {"experts": 3, "others": 1},
+    "experts behind a LayerNorm with bias": LN | {"experts": 3, "others": 1, "norm_bias": True},
+    "experts behind a LayerNorm, biased scores": LN
+    | {"experts": 4, "others": 1, "norm_bias": True, "router_bias": True},
     "hidden states": LN | {"logits": False, "others": 1, "norm_bias": True},
 }
 

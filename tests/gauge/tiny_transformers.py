@@ -63,6 +63,14 @@ MODELS = {
         "DeepseekV2Config",
         SMALL | LATENT | {"first_k_dense_replace": 1, "attention_bias": True, "mlp_bias": True},
     ),
+    "deepseek_v2 grouped experts": (
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        SMALL
+        | LATENT
+        | {"first_k_dense_replace": 1, "n_routed_experts": 6, "n_group": 3, "topk_group": 2}
+        | {"topk_method": "group_limited_greedy"},
+    ),
 }
 
 

@@ -326,7 +326,6 @@ def _order(
             f"{where}: experts are kept in order, for some have the same scores, and the first of them is taken."
         )
         return torch.arange(len(rows), device=rows.device)
-    # What experts can give: the features of each, and their scores, in a fixed direction of those that are alike.
     dtype = max((dtype, _dtype(experts.experts[0], weights)), key=lambda dtype: torch.finfo(dtype).eps)
     tolerance = forms.degeneracy_tolerance(dtype)
     strength = torch.stack([size.strength.norm() for size in sizes]).unflatten(0, (experts.groups, -1))

@@ -229,6 +229,9 @@ def plan(layout: ModelLayout, *, logit_shift: bool = False) -> Plan:
         notes.insert(0, f"{folded} norms: {what} folded into the maps that read them.")
     if embedding_centred:
         notes.append("Means that layer norms take off are taken off the weights.")
+    mixtures = [layer.experts for layer in layout.layers if layer.experts is not None and layer.experts.softmax]
+    if mixtures:
+        notes.append(f"{len(mixtures)} mixtures of experts: what softmax does not see is taken off their scores.")
     if layout.other_embeddings and (not layout.tied or shift):
         notes.append("The mean of further embeddings is moved to the token embedding.")
 

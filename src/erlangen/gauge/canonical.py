@@ -2,8 +2,8 @@
 
 In this order: gains and biases of norms are folded into the maps that read them, and what layer norms take off is taken
 off the weights; the frame of the residual stream is fixed, if asked; queries against keys and values against output are
-brought to the forms of `forms`; scales that go through a feed-forward layer are balanced; heads and hidden features are
-put in the order of quantities that no gauge changes. Whatever is a symmetry only up to the eps of a norm is left, and
+brought to the forms of `forms`; scales that go through a feed-forward layer are balanced; heads, hidden features and
+experts are put in the order of quantities that no gauge changes. Whatever is a symmetry only up to the eps of a norm is left, and
 said: nothing here changes the function.
 
 All of it is computed in float64, a layer at a time, and written once in the stored dtype.
@@ -68,7 +68,7 @@ def canonical_form(
     Args:
         layout: of the model.
         weights: read, and written. What fails part of the way leaves them half done: give a copy, or `PendingWeights`.
-        order: "sorted": heads and hidden features by size, largest first; "kept": as they are.
+        order: "sorted": heads, hidden features and experts by size, largest first; "kept": as they are.
         residual: also fix the frame of the residual stream.
         logit_shift: also take off what softmax does not see: a constant added to all logits of a position.
         transforms: where the factors are kept, layer by layer; None: in memory.
@@ -229,7 +229,7 @@ def canonicalize(
         model_or_folder: a model whose layout is known (wrappers of compile and DDP are seen through), or a folder with
             ``config.json`` and safetensors.
         output: the folder to write, which must not exist; for a folder only.
-        order: "sorted": heads and hidden features by size, largest first; "kept": as they are.
+        order: "sorted": heads, hidden features and experts by size, largest first; "kept": as they are.
         residual: also fix the frame of the residual stream: rotations where it has no other use, permutations of
             coordinates where the embedding is tied.
         untie: give the logits a tensor of their own first, so that the frame is free. The model then has more

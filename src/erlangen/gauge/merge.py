@@ -71,7 +71,7 @@ def merge_weights(
 def merge_others(
     layout: ModelLayout, names: Iterable[str], a: ReadWeights, b: ReadWeights, out: Any, weight: float
 ) -> list[str]:
-    """Write tensors that a layout does not speak of (experts, poolers) between two models, as they are stored.
+    """Write tensors that a layout does not speak of (poolers) between two models, as they are stored.
 
     Args:
         layout: of both models.
@@ -136,8 +136,8 @@ def merge(
     """The model between two, of their own architecture. Neither is changed.
 
     The second is brought into the first one's gauge (see `align`). Then everything linear is averaged, and of heads the
-    products; norms, biases and means are put back as the first has them. Tensors of which no symmetry is known, such as
-    experts, are averaged as they are stored.
+    products; norms, biases and means are put back as the first has them. Experts, which are
+    not matched, and tensors of which no symmetry is known are averaged as they are stored.
 
     Args:
         a: the first model. Its class, config, dtype and device are those of the merge.

@@ -384,6 +384,11 @@ def _carried(
     (out_name, outputs), (in_name, inputs) = module.outputs, module.inputs
     known = _known(certificate, path, _is_embedding(module))
     entry = certificate.maps[known]
+    if "moved_to" in entry:
+        raise ValueError(
+            f"{folder} has an adapter of {path}, an expert that has changed places, and PEFT finds modules by name: "
+            'canonicalise the base with order="kept"'
+        )
     expected = base.shape(entry["weight"])[:: -1 if entry["transposed"] else 1]
     if (outputs.shape[0], inputs.shape[1]) != tuple(expected):
         raise ValueError(
