@@ -61,12 +61,15 @@ def _without_experts(layout: ModelLayout, steps: Plan) -> Plan:
     """Mixtures of experts, and what they read and write, are left as they are stored."""
     if all(layer.experts is None for layer in layout.layers):
         return steps
-    layers = tuple(
-        step if layer.experts is None else replace(step, mlp=Fold(step.mlp.norm), mlp_centred=False)
-        for layer, step in zip(layout.layers, steps.layers)
-    )
+    layers = []
+    for layer, step in zip(layout.layers, steps.layers):
+        if layer.experts is not None:
+            kept = Fold(step.mlp.norm)
+            attention = kept if step.attention == step.mlp else step.attention  # one norm of both branches
+            step = replace(step, attention=attention, mlp=kept, mlp_centred=False)
+        layers.append(step)
     reason = "a mixture of experts reads and writes it"
-    return replace(steps, layers=layers, residual_scale=False, rotations="none", reason=reason)
+    return replace(steps, layers=tuple(layers), residual_scale=False, rotations="none", reason=reason)
 
 
 def steps_of(layout: ModelLayout, using: Using) -> Plan:

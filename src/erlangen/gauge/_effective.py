@@ -508,7 +508,8 @@ class Effective:
         sizes = raw.norm(dim=-1)
         down = Rows(self._write(raw, layer, 1), sizes)
         bias = self._projection_bias(mlp.down)
-        shifts = [] if bias is None or (layer.parallel and layer.mlp_out_norm is None) else [bias]
+        with_attention = layer.parallel and layer.mlp_out_norm is None and layer.experts is None
+        shifts = [] if bias is None or with_attention else [bias]
         if layer.mlp_sum_norm is not None:
             shifts.append(self.bias(self.stream[number][1]))
         constant = torch.zeros(self.layout.dim, dtype=torch.float64)

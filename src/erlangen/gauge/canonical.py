@@ -3,8 +3,8 @@
 In this order: gains and biases of norms are folded into the maps that read them, and what layer norms take off is taken
 off the weights; the frame of the residual stream is fixed, if asked; queries against keys and values against output are
 brought to the forms of `forms`; scales that go through a feed-forward layer are balanced; heads, hidden features and
-experts are put in the order of quantities that no gauge changes. Whatever is a symmetry only up to the eps of a norm is left, and
-said: nothing here changes the function.
+experts are put in the order of quantities that no gauge changes. Whatever is a symmetry only up to the eps of a norm is
+left, and said: nothing here changes the function.
 
 All of it is computed in float64, a layer at a time, and written once in the stored dtype.
 """
