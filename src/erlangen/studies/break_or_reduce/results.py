@@ -181,7 +181,13 @@ def _difference_table(config: BreakOrReduceConfig, records: Records) -> report.T
     )  # fmt: skip
 
 
+def _whole(records: Records) -> Records:
+    """The records of runs that went on to the end."""
+    return [record for record in records if record["failure"] is None]
+
+
 def _gauge_table(config: BreakOrReduceConfig, records: Records) -> report.Table:
+    records = _whole(records)
     return report.Table(
         ("Optimiser", "Arm", *(f"{label[0].upper()}{label[1:]}" for label in LABELS.values())),
         [
@@ -193,7 +199,7 @@ def _gauge_table(config: BreakOrReduceConfig, records: Records) -> report.Table:
         ],
         "Heads at the end: share of the last step that lies along the gauge (of a broken model: along what was one), "
         "drift of the charges since the start, and how far the heads are from the start, up to gauge and as stored. "
-        "Mean over seeds ± standard error.",
+        "Mean over seeds ± standard error; without runs that could not go on.",
     )  # fmt: skip
 
 
@@ -222,14 +228,12 @@ def visible(curve: np.ndarray) -> np.ndarray:
 
 
 def _curves(records: Records, optimizer: str, x: str, y: str) -> list[report.Series]:
-    """A series an arm; a run that could not go on ends early."""
+    """A series an arm, of runs that went on to the end."""
     series = []
     for arm in ARMS:
-        runs = by_seed(records, optimizer=optimizer, arm=arm)
-        steps = max((r[x] for r in runs), key=len)
-        if steps:
-            drawn = [[*r[y], *[math.nan] * (len(steps) - len(r[y]))] for r in runs]
-            series.append(report.Series(arm, steps, visible(np.array(drawn, dtype=float))))
+        runs = by_seed(_whole(records), optimizer=optimizer, arm=arm)
+        if runs and runs[0][x]:
+            series.append(report.Series(arm, runs[0][x], visible(np.array([r[y] for r in runs], dtype=float))))
     return series
 
 
@@ -238,7 +242,8 @@ def curves(config: BreakOrReduceConfig, records: Records, x: str, y: str, label:
     panels = {TITLES[o]: _curves(records, o, x, y) for o in config.optimizers}
     return report.Figure(
         report.small_multiples(panels, x_label="step", y_label=label, log_y=log_y),
-        f"{label[0].upper()}{label[1:]} during training: mean over seeds with a band of ± one standard error.",
+        f"{label[0].upper()}{label[1:]} during training: mean over seeds with a band of ± one standard error, without "
+        "runs that could not go on.",
         f"Curves of the {label}, a panel for each optimiser, a curve for each arm.",
     )
 
