@@ -415,12 +415,13 @@ def test_schedulers_reach_both_and_the_loss_comes_back():
 
 
 class Fused(torch.nn.Module):
-    """Weights of one attention layer whose queries, keys and values are one map."""
+    """Weights of one layer whose queries, keys and values are one map."""
 
     def __init__(self):
         super().__init__()
         self.table = torch.nn.Embedding(16, 16)
         self.qkv, self.output = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        self.up, self.down = torch.nn.Linear(16, 4, bias=False), torch.nn.Linear(4, 16, bias=False)
 
 
 @gauge.describes(Fused)
@@ -430,7 +431,8 @@ def layout(model):
     heads = gauge.HeadLayout(
         num_heads=2, num_kv_heads=2, head_dim=8, query=query, key=key, value=value, output=output
     )  # fmt: skip
-    layer = gauge.Layer(attention=heads, mlp=None)
+    mlp = gauge.MLP(up=gauge.rows("up", 1, 4), down=gauge.rows("down", 1, 4, side="in"), activation="gelu")
+    layer = gauge.Layer(attention=heads, mlp=mlp)
     return gauge.ModelLayout(
         kind="fused", dim=16, vocab_size=16, token_embedding="table.weight", layers=(layer,), other_embeddings={}
     )
