@@ -48,7 +48,7 @@ def gram_of(x, *references):
     return vectors @ vectors.mT
 
 
-def close(found, expected, tolerance=1e-12):
+def assert_close(found, expected, tolerance=1e-12):
     error = (found - expected).abs().max() / expected.abs().max().clamp(min=1)
     assert error <= tolerance, f"{error:.2e}"
 
@@ -98,9 +98,9 @@ def test_the_layer_is_its_formula(impl, num_references, causal, generator, small
     layer = attention(generator, num_references=num_references, causal=causal, impl=impl)
     x = normal(1, 7, 5, generator=generator)
     update, weights = by_hand(layer, x[0])
-    close(layer.weights(x)[0], weights)
-    close(layer.update(x)[0], update)
-    close(layer(x)[0], x[0] + update)
+    assert_close(layer.weights(x)[0], weights)
+    assert_close(layer.update(x)[0], update)
+    assert_close(layer(x)[0], x[0] + update)
 
 
 def test_the_comparison_sees_a_wrong_answer(generator):
@@ -110,7 +110,7 @@ def test_the_comparison_sees_a_wrong_answer(generator):
     with torch.no_grad():
         layer.prior[1] += 1e-9
     with pytest.raises(AssertionError):
-        close(layer.update(x)[0], update)
+        assert_close(layer.update(x)[0], update)
 
 
 @pytest.mark.parametrize("num_references", [0, 3])
@@ -189,10 +189,10 @@ def test_mlp_and_norm_are_equivariant(generator):
 def test_the_norm_is_that_of_torch(generator):
     x = normal(2, 9, 5, generator=generator)
     ours, theirs = RelationalRMSNorm(5, eps=1e-3), torch.nn.RMSNorm(5, eps=1e-3, elementwise_affine=False)
-    close(ours(x), theirs(x), 1e-15)
+    assert_close(ours(x), theirs(x), 1e-15)
     gram = gram_of(x)
     square = gram.diagonal(dim1=-2, dim2=-1)
-    close(ours.gram(gram), 5 * gram / ((square + 5e-3)[:, None] * (square + 5e-3)[..., None]).sqrt(), 1e-14)
+    assert_close(ours.gram(gram), 5 * gram / ((square + 5e-3)[:, None] * (square + 5e-3)[..., None]).sqrt(), 1e-14)
 
 
 # Gram matrices
@@ -211,17 +211,17 @@ def test_layers_of_gram_matrices_are_layers_of_vectors(kind, causal, padded, gen
     places = [slice(0, 2), slice(2, 5), slice(0, 0)]
     for layer, place in zip(layers, places):
         x, gram = layer(x, mask), layer.gram(gram, mask, num_fixed=5, references=place)
-        close(gram, gram_of(x, *references))
+        assert_close(gram, gram_of(x, *references))
     wrong = layers[0].gram(gram, mask, num_fixed=5, references=slice(1, 3))
     with pytest.raises(AssertionError):
-        close(wrong, gram_of(layers[0](x, mask), *references))
+        assert_close(wrong, gram_of(layers[0](x, mask), *references))
 
 
 def test_mlp_of_gram_matrices(generator):
     mlp = RelationalMLP(5, 2, generator=generator).double()
     x, references = normal(2, 9, 5, generator=generator), normal(2, 5, generator=generator)
     mask = torch.rand(2, 9, generator=generator) < 0.7
-    close(mlp.gram(gram_of(x, references), mask), gram_of(mlp(x, references, mask), references))
+    assert_close(mlp.gram(gram_of(x, references), mask), gram_of(mlp(x, references, mask), references))
 
 
 # Strips
@@ -390,8 +390,8 @@ def test_padding_may_hold_anything(kind, m, impl, generator, small_strips):
     mask[0, 5:], mask[1, 2], mask[2] = False, False, False  # the last one is all padding
     spoilt = x.masked_fill(~mask[..., None], math.nan).requires_grad_()
     out = layer(spoilt, mask)
-    close(out[:1, :5], layer(x[:1, :5]), 1e-13)
-    close(out[1:2, [0, 1, 3, 4, 5, 6, 7]], layer(x[1:2, [0, 1, 3, 4, 5, 6, 7]]), 1e-13)
+    assert_close(out[:1, :5], layer(x[:1, :5]), 1e-13)
+    assert_close(out[1:2, [0, 1, 3, 4, 5, 6, 7]], layer(x[1:2, [0, 1, 3, 4, 5, 6, 7]]), 1e-13)
     assert not out[~mask].count_nonzero()
     out.square().sum().backward()
     assert spoilt.grad.isfinite().all() and not spoilt.grad[~mask].count_nonzero()
@@ -409,7 +409,7 @@ def test_zero_repeated_and_huge_tokens(m, dtype, generator, small_strips):
     assert all(value.isfinite().all() for value in found.values())
     assert_same(found, dense, 1e-12 if dtype == torch.float64 else 1e-4)
     repeated = RelationalAttention(5, 2, m, generator=generator).double().weights(x[:1])
-    close(repeated[..., m + 1], repeated[..., m + 5], 1e-14)  # what is the same token weighs the same
+    assert_close(repeated[..., m + 1], repeated[..., m + 5], 1e-14)  # what is the same token weighs the same
 
 
 @pytest.mark.parametrize("impl", ["dense", "streaming", "auto"])

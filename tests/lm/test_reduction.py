@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
-import signal
 import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
+from stopping import StopAfter
 
 from erlangen import gauge, lm
 from erlangen.lm import BreakingConfig, GPTConfig, OptimizerConfig, ReductionConfig
@@ -31,17 +30,6 @@ def train(config, kind, **fields):
 
 def losses(result):
     return [record["loss"] for record in result.records if "loss" in record]
-
-
-class StopAfter:
-    """A progress callback that presses Ctrl-C after a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def __call__(self, step, record):
-        if step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 # What each kind does to a run

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stopping import StopAfter
 
 from erlangen import lm
 from erlangen.lm import BreakingConfig, GPTConfig, OptimizerConfig, checkpoint
@@ -24,17 +24,6 @@ TIMES = {"seconds"}
 def losses(records):
     """The records less their timings, which no two runs share."""
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
-
-
-class StopAfter:
-    """A progress callback that presses Ctrl-C after a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def __call__(self, step, record):
-        if step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 # What a run does

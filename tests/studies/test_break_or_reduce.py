@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from here import execute_here
 
 from erlangen import breaking, gauge, lm, report
 from erlangen.gauge._pairs import head_pairs, parameters_by_name
@@ -273,15 +274,6 @@ def test_every_case_runs(optimizer, tmp_path, text_file):
 
 
 # The page
-
-
-def execute_here(jobs, *, workers, progress):
-    """What `execute` does, without its processes, which `test_the_command_line_chooses_rates` has."""
-    todo = [job for job in jobs if not job.finished]
-    for job in todo:
-        job.work(never, *job.arguments)
-    if progress is not None:
-        progress(len(todo), len(jobs))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from here import execute_here
 
 from erlangen.lm import GPT
 from erlangen.studies import _jobs
@@ -175,17 +176,6 @@ def test_a_stopped_path_raises(text, trained):
 def test_a_wrong_config_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         study.MergeConfig(**wrong)
-
-
-def execute_here(jobs, *, workers, progress):
-    """What `execute` does, without its processes, which `test_the_command_line_trains_only` has."""
-    todo = [job for job in jobs if not job.finished]
-    for job in todo:
-        result = job.work(lambda step: False, *job.arguments)
-        if job.keep is not None:
-            job.keep(result)
-    if progress is not None:
-        progress(len(todo), len(jobs))
 
 
 @pytest.fixture(scope="module")
