@@ -17,9 +17,11 @@ from erlangen.gauge._pairs import head_pairs, parameters_by_name
 from erlangen.lm.checkpoint import checkpoints
 from erlangen.studies import _jobs, _runs, tour_quotient
 from erlangen.studies import break_or_reduce as study
+from erlangen.studies._tuned import TUNING_SEED
 from erlangen.studies.break_or_reduce import arms, results
-from erlangen.studies.break_or_reduce.study import TUNING_SEED, final_run, read, tuning_run
+from erlangen.studies.break_or_reduce.study import final_run, read, tuning_run
 
+pytestmark = pytest.mark.xdist_group("break_or_reduce")  # the run below is worth sharing
 pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'erlangen[report]'")
 
 
@@ -172,9 +174,9 @@ def test_the_lowest_loss_chooses_and_edges_are_told(tmp_path, monkeypatch):
         "plain": (2.0, 1.9, 2.1), "noise": (1.8, 1.9, math.inf), "mean": (2.0, 2.0, 2.0),
         "horizontal": (math.inf, 1.9, math.inf), "dressed": (2.0, 1.9, 1.8), "invariant": (math.inf,) * 3,
     }  # fmt: skip
-    monkeypatch.setattr("erlangen.studies.break_or_reduce.study.execute", lambda jobs, **_: None)
+    monkeypatch.setattr("erlangen.studies._tuned.execute", lambda jobs, **_: None)
     monkeypatch.setattr(
-        "erlangen.studies.break_or_reduce.study.last_loss",
+        "erlangen.studies._tuned.last_loss",
         lambda run: found[run.out.name.split("-")[1]][(low, middle, high).index(run.optimizer.lr)],
     )
     chosen = {r["arm"]: (r["rate"], r["edge"]) for r in study.tune(config)}
@@ -281,7 +283,7 @@ def ran(tmp_path_factory, text_file):
     out = tmp_path_factory.mktemp("study")
     config = replace(study.quick(out), corpus=str(text_file), optimizers=("sgdm",), steps=2, csv=out / "csv")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("erlangen.studies.break_or_reduce.study.execute", execute_here)
+        patch.setattr("erlangen.studies._tuned.execute", execute_here)
         counts = []
         path = study.run(config, lambda *now: counts.append(now))
     assert counts == [(18, 18), (12, 12)]

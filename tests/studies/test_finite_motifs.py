@@ -17,6 +17,7 @@ from erlangen.studies._training import seeded
 from erlangen.studies.finite_motifs import arms, results, tasks
 from erlangen.studies.finite_motifs.study import LEARNING_RATES, SCANNED, declared_jobs, kept_cells
 
+pytestmark = pytest.mark.xdist_group("motifs")  # the run below is worth sharing
 COMPLEMENT = str.maketrans("ACGT", "TGCA")
 MIDDLE = slice(tasks.LENGTH // 2 - tasks.ARM, tasks.LENGTH // 2 + tasks.ARM)
 

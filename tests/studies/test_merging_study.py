@@ -20,6 +20,7 @@ from erlangen.studies.merging.study import kept_cells, model_jobs, model_path, p
 
 DIM = 32
 
+pytestmark = pytest.mark.xdist_group("merging")  # the models below are worth sharing
 pytest.importorskip("transformers", reason="the family llama is of transformers")
 
 
