@@ -13,7 +13,7 @@ ROOT = Path(erlangen.__file__).parent
 ALLOWED = {
     "finite": set(),
     "gauge": set(),
-    "interop": {"gauge"},
+    "interop": {"breaking", "gauge", "optim"},
     "lie": set(),
     "optim": set(),
     "breaking": {"gauge"},

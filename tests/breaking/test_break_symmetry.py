@@ -124,6 +124,32 @@ def test_evaluation_uses_the_mean():
         torch.testing.assert_close(step[1], torch.full((32,), -0.5, dtype=torch.float64))
 
 
+def test_evaluation_may_use_the_last_draw():
+    """The published validation does; the draw is found again from its number."""
+    model = breaking.break_symmetry(make().double(), seed=2)
+    loss_of(model)
+    (drawn,) = record_biases(model, 1)
+    model.eval().symmetry_breaking.evaluate_with = "last"
+    twin = breaking.break_symmetry(make(seed=1).double(), seed=9).eval()
+    twin.load_state_dict(model.state_dict())
+    twin.symmetry_breaking.evaluate_with = "last"
+    for part in (model, twin):
+        for found, expected in zip(record_biases(part, 1)[0], drawn):
+            torch.testing.assert_close(found, expected)
+    twin.symmetry_breaking.evaluate_with = "mean"
+    torch.testing.assert_close(record_biases(twin, 1)[0][0], torch.full((32,), 0.5, dtype=torch.float64))
+
+
+def test_a_mean_can_be_changed_by_layer():
+    model = breaking.break_symmetry(make(num_kv_heads=2).double()).eval()
+    mean = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    model.symmetry_breaking.set_mean("value", 1, mean)
+    (found,) = record_biases(model, 1)
+    torch.testing.assert_close(found[3], mean)
+    torch.testing.assert_close(found[1], torch.zeros(16, dtype=torch.float64))
+    assert torch.equal(model.symmetry_breaking.means(1)[1], mean)
+
+
 def test_deterministic_under_a_seed_and_untouched_by_the_global_generator():
     first = breaking.break_symmetry(make(), seed=5)
     a = [loss_of(first).item() for _ in range(3)]

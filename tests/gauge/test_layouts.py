@@ -283,6 +283,7 @@ def test_norms_are_where_they_are_said_to_be(name):
 # --- layouts run on their own -----------------------------------------------------------------------------------------
 
 CONSTANTS = {
+    "gemma": {"embedding_scale": 8**0.5},
     "gemma2": {"score_scale": 256**-0.5, "embedding_scale": 8**0.5},
     "gemma3": {"score_scale": 256**-0.5, "embedding_scale": 8**0.5, "rotary_bases": (10000.0, 1000000.0)},
     "bert": {"causal": False},

@@ -47,6 +47,7 @@ MODELS = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SMALL | {"num_key_value_heads": 1}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", SMALL | GROUPED),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", SMALL | {"num_key_value_heads": 1, "partial_rotary_factor": 0.5}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", SMALL | GROUPED),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", SMALL | GROUPED),
     "gemma2 untied": (
         "Gemma2ForCausalLM",

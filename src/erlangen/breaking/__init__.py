@@ -10,3 +10,9 @@ from ._bias import SymmetryBreaking as SymmetryBreaking
 from ._bias import break_symmetry as break_symmetry
 from ._bias import redraw as redraw
 from ._bias import restore as restore
+from .fold import fold as fold
+from .key_prior import KeyPrior as KeyPrior
+from .key_prior import key_prior as key_prior
+from .key_prior import scaled_direction as scaled_direction
+from .key_prior import steer as steer
+from .key_prior import token_classes as token_classes

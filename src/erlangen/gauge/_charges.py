@@ -74,9 +74,9 @@ class _Motion:
         if projection.bias_name is None or projection.side == "in":
             return weight, weight_velocity
         bias, bias_velocity = self.position_and_velocity(projection.bias_name)
-        if offset is not None:
-            bias = bias + offset.detach().double().to(bias.device)
         bias, bias_velocity = projection.head_biases(bias), projection.head_biases(bias_velocity)
+        if offset is not None:
+            bias = bias + offset.detach().double().to(bias.device).view_as(bias)
         return (
             torch.cat([weight, bias[..., None]], dim=-1),
             torch.cat([weight_velocity, bias_velocity[..., None]], dim=-1),
@@ -158,5 +158,7 @@ def charges(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, dic
         query_mean = value_mean = None
         if unlearned is not None:
             query_mean, value_mean = unlearned.means(layer)
+            if unlearned.is_late(layer):
+                query_mean = None  # behind the positions it is no part of the learned bias
         result[layer] = _layer_charges(motion, layout, query_mean, value_mean)
     return result

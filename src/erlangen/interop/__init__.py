@@ -1,5 +1,9 @@
 """Foreign models: where those of `transformers` keep their weights, and their checkpoints."""
 
+from erlangen.breaking import break_symmetry as break_symmetry
+from erlangen.breaking import fold as fold
+from erlangen.breaking import restore as restore
+
 from .adapters import carry_adapter as carry_adapter
 from .checkpoints import Checkpoint as Checkpoint
 from .checkpoints import canonicalize_folder as canonicalize_folder

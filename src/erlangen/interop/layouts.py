@@ -24,8 +24,8 @@ from erlangen.gauge import (
     rows,
 )
 
-# How the model_type of shrunk checkpoints begins.
-SHRUNK = "erlangen_shrunk_"
+# How the model_type of shrunk checkpoints, and of those with unlearned biases, begins.
+SHRUNK, BROKEN = "erlangen_shrunk_", "erlangen_broken_"
 # The norms of DeepSeek's latents are made without the config's eps.
 _LATENT_EPS = 1e-6
 
@@ -331,13 +331,17 @@ def _llama_like(frame: _Frame) -> ModelLayout:
 
 
 def _gemma(frame: _Frame) -> ModelLayout:
-    """Gemma-2 and the text models of Gemma-3: norms before and after each branch, whose gain is 1 + weight."""
+    """Gemma and the text models of Gemma-2 and Gemma-3: norms whose gain is 1 + weight, in the latter two after each
+    branch as well.
+    """
     config, prefix = frame.config, frame.prefix
     dim, hidden = config.size("hidden_size"), config.size("intermediate_size")
-    sizes = config.head_sizes(dim, kv_heads=4, width=256)
+    first = config.kind == "gemma"
+    sizes = config.head_sizes(dim, kv_heads=16 if first else 4, width=256)
     eps, bias = config.number("rms_norm_eps", 1e-6), config.flag("attention_bias", False)
     rotary = config.rotary(sizes[2])
     second = config.kind == "gemma2"
+    activation = config.get("hidden_act" if first else "hidden_activation", "gelu_pytorch_tanh")
     # A cap that is absent from a config is the family's; one that is null is off.
     caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} if second else {}
     score_cap, logit_cap = (
@@ -352,15 +356,15 @@ def _gemma(frame: _Frame) -> ModelLayout:
 
     def layer(path: str, _: int) -> Layer:
         heads = f"{path}.self_attn"
-        qk_norm = False if second else (norm(f"{heads}.q_norm"), norm(f"{heads}.k_norm"))
+        qk_norm = False if first or second else (norm(f"{heads}.q_norm"), norm(f"{heads}.k_norm"))
         more: dict[str, Any] = {"rotary": rotary, "qk_norm": qk_norm, "soft_cap": score_cap or None}
         return Layer(
             attention=_separate_heads(heads, sizes, bias, bias, **more),
-            mlp=_swiglu(f"{path}.mlp", hidden, config.get("hidden_activation", "gelu_pytorch_tanh")),
+            mlp=_swiglu(f"{path}.mlp", hidden, activation),
             attention_norm=norm(f"{path}.input_layernorm"),
-            attention_out_norm=norm(f"{path}.post_attention_layernorm"),
-            mlp_norm=norm(f"{path}.pre_feedforward_layernorm"),
-            mlp_out_norm=norm(f"{path}.post_feedforward_layernorm"),
+            attention_out_norm=None if first else norm(f"{path}.post_attention_layernorm"),
+            mlp_norm=norm(f"{path}.post_attention_layernorm" if first else f"{path}.pre_feedforward_layernorm"),
+            mlp_out_norm=None if first else norm(f"{path}.post_feedforward_layernorm"),
         )
 
     return frame.model(
@@ -561,6 +565,7 @@ _LLAMA = _Family(_llama_like, "model.", "embed_tokens.weight")
 _FAMILIES = {
     "bert": _Family(_bert, "bert.", "embeddings.word_embeddings.weight", logits=False),
     "deepseek_v2": _Family(_deepseek_v2, "model.", "embed_tokens.weight"),
+    "gemma": _Family(_gemma, "model.", "embed_tokens.weight"),
     "gemma2": _Family(_gemma, "model.", "embed_tokens.weight"),
     "gemma3_text": _Family(_gemma, "model.", "embed_tokens.weight"),
     "gpt2": _Family(_gpt2, "transformer.", "wte.weight"),
@@ -629,6 +634,11 @@ def layout_of_config(
             f"a {kind.removeprefix(SHRUNK)} that is shrunk (model_type {kind!r}) has no weights to be moved any more: "
             "take the checkpoint that it came from"
         )
+    if isinstance(kind, str) and kind.startswith(BROKEN):
+        raise ValueError(
+            f"a {kind.removeprefix(BROKEN)} with unlearned biases (model_type {kind!r}) is more than its weights: "
+            "load it (after import erlangen.interop.broken), call erlangen.breaking.fold or restore, and save it"
+        )
     if kind not in _FAMILIES:
         parts = " Its text model alone may be (save that by itself)." if "text_config" in config else ""
         raise ValueError(
@@ -662,7 +672,9 @@ def register() -> None:
     def layout_of_model(model: Any) -> ModelLayout:
         # A class of the user's own is what the class of transformers it derives from is.
         cls = next(cls for cls in type(model).__mro__ if cls.__module__.partition(".")[0] == "transformers")
-        config = {**model.config.to_dict(), "architectures": [cls.__name__]}
+        # Unlearned biases stand beside weights that are where they were.
+        kind = model.config.model_type.removeprefix(BROKEN)
+        config = {**model.config.to_dict(), "architectures": [cls.__name__], "model_type": kind}
         base = model.base_model is model
         return layout_of_config(config, prefix="" if base else f"{model.base_model_prefix}.")
 

@@ -8,9 +8,7 @@ its tensors for those of the family; ``erlangen_maps`` in its config says which 
 what sizes. Its classes are those of the family, derived, with these maps in the place of the dense ones.
 """
 
-from collections.abc import Iterable
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,11 @@ from erlangen import _extras
 from erlangen.gauge._reduced import ReducedLinear
 from erlangen.gauge.shrink import Shrunk, reduce_maps
 
+from ._derived import Derived, carry_conversion, register
 from .layouts import _FAMILIES, SHRUNK
 from .shrinking import HOW, HOW_TO_LOAD, MAPS
 
 FAMILIES = tuple(_FAMILIES)
-# Auto classes of transformers under which derived classes are found.
-_AUTO = (
-    "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForPreTraining",
-    "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
-    "AutoModelForMultipleChoice", "AutoModelForNextSentencePrediction",
-)  # fmt: skip
-
 transformers: Any = _extras.require("transformers", "hf")
 
 
@@ -54,46 +46,8 @@ def model_class(base: type, kind: str) -> type:
         "__init__": init, "config_class": config_class(kind), "__module__": __name__,
         "__doc__": f"{base.__name__} with the maps of a shrunk checkpoint.",
     }  # fmt: skip
-    _carry_conversion(base.__name__, f"Shrunk{base.__name__}")
+    carry_conversion(base.__name__, f"Shrunk{base.__name__}")
     return type(f"Shrunk{base.__name__}", (base,), fields)
-
-
-def _carry_conversion(name: str, shrunk: str) -> None:
-    """What transformers does to the names and tensors of checkpoints of a class or kind, it does to shrunk ones too."""
-    conversions = import_module("transformers.conversion_mapping")
-    mapping = conversions.get_checkpoint_conversion_mapping(name)
-    if mapping is not None:
-        conversions.register_checkpoint_conversion_mapping(shrunk, mapping)
-
-
-class _Found:
-    """Stands for a derived class in an auto class, which makes it when it is asked for."""
-
-    def __init__(self, auto: str, kind: str) -> None:
-        self._auto, self._kind = auto, kind
-        self.__name__ = f"Shrunk{kind}"
-
-    def _class(self) -> Any:
-        base, mapping = transformers.CONFIG_MAPPING[self._kind], getattr(transformers, self._auto)._model_mapping
-        if base not in mapping:
-            raise ValueError(f"{self._auto} of transformers has no model of the kind {self._kind}")
-        return model_class(mapping[base], self._kind)
-
-    def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        return self._class().from_pretrained(*args, **kwargs)
-
-    def _from_config(self, config: Any, **kwargs: Any) -> Any:
-        return self._class()._from_config(config, **kwargs)
-
-
-def register(kinds: Iterable[str] = FAMILIES) -> None:
-    """Make shrunk checkpoints of families known to the auto classes; done once, when this module is imported."""
-    for kind in kinds:
-        shrunk = config_class(kind)
-        transformers.AutoConfig.register(SHRUNK + kind, shrunk)
-        for auto in _AUTO:
-            getattr(transformers, auto).register(shrunk, _Found(auto, kind))
-        _carry_conversion(kind, SHRUNK + kind)
 
 
 def save(model: nn.Module, folder: str | Path, report: Shrunk) -> None:
@@ -120,4 +74,4 @@ def save(model: nn.Module, folder: str | Path, report: Shrunk) -> None:
     live.save_pretrained(folder)
 
 
-register()
+register(Derived(SHRUNK, "Shrunk", config_class, model_class), FAMILIES)
