@@ -59,7 +59,7 @@ def train_page(name: str, config: lm.TrainConfig, records: Records) -> str:
     validations = [record for record in records if "validation_loss" in record]
     gauged = [record for record in validations if "gauge" in record]
     charged = [record for record in validations if "charges" in record]
-    sections = [report.Section("Loss", _loss(records, validations))]
+    sections = [report.Section("Loss", _loss(records, validations, config))]
     if gauged:
         sections.append(report.Section("Gauge directions", _gauge(gauged, config)))
         sections.append(report.Section("Layer by layer", [_layers(gauged[-1])]))
@@ -105,7 +105,7 @@ def per_cent(share: float) -> str:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _loss(records: Records, validations: Records) -> list[str | report.Figure | report.Table]:
+def _loss(records: Records, validations: Records, config: lm.TrainConfig) -> list[str | report.Figure | report.Table]:
     training = [record for record in records if "loss" in record]
     series = []
     if len(training) > 1:
@@ -117,6 +117,11 @@ def _loss(records: Records, validations: Records) -> list[str | report.Figure | 
     if len(validations) > 1:
         series.append(report.Series("validation", *_columns(validations, lambda record: record["validation_loss"])))
     body: list[str | report.Figure | report.Table] = []
+    if config.evaluation == "next":
+        body.append(
+            "Each validation is on the next windows of the held-out text, so that its loss is also that of another "
+            "text: the lowest one names an easy text as much as a good step."
+        )
     if series:
         thinned = f" Each point of the training loss is a mean over {len(training) / _POINTS:.0f} or so steps." * (
             len(training) > _POINTS

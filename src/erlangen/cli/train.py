@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +26,7 @@ Train a language model.
   erlangen train --optimizer.name ecd --breaking.enabled  energy-conserving descent, head symmetry broken
   erlangen train --reduction.kind horizontal              no step in directions that change nothing
   erlangen train --preset 124m --data.corpus hf:HuggingFaceFW/fineweb-edu:sample-10BT --data.tokenizer gpt2
+  erlangen train --preset symmetry-breaking-124m          the published protocol; ...-sound: the one to use instead
   erlangen train --resume runs/NAME                       go on with a stopped run
   torchrun --nproc-per-node 2 -m erlangen train --parallel fsdp ...
 
@@ -38,31 +39,37 @@ writes report.html beside its log.
 class TrainCommand:
     """Train a language model."""
 
-    preset: Literal["tiny", "small", "medium", "124m"] = "tiny"
-    """Size of the model; the defaults of --model.* below are those of the preset."""
+    preset: Literal["tiny", "small", "medium", "124m", "symmetry-breaking-124m", "symmetry-breaking-124m-sound"] = (
+        "tiny"
+    )
+    """Size of the model, or a whole run; the defaults below are those of the preset and of --optimizer.name."""
     resume: Path | None = None
     """Go on with the run in this folder, with the options it was started with."""
     config: Annotated[lm.TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lm.TrainConfig)
 
 
-def _preset(arguments: Sequence[str]) -> str:
-    """The preset named among the arguments: it decides the defaults of the others."""
+def _value(option: str, arguments: Sequence[str]) -> str | None:
+    """What the arguments say of an option; it decides the defaults of the others."""
+    found = None
     for i, argument in enumerate(arguments):
-        if argument == "--preset" and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith("--preset="):
-            return argument.partition("=")[2]
-    return "tiny"
+        if argument == option and i + 1 < len(arguments):
+            found = arguments[i + 1]
+        elif argument.startswith(f"{option}="):
+            found = argument.partition("=")[2]
+    return found
 
 
 def parse(arguments: Sequence[str]) -> TrainCommand:
     """The command that the arguments spell."""
-    name = _preset(arguments)
-    model = lm.PRESETS.get(name, lm.PRESETS["tiny"])
-    default = TrainCommand(config=replace(lm.TrainConfig(), model=model))
+    name, optimizer = _value("--preset", arguments) or "tiny", _value("--optimizer.name", arguments)
+    try:
+        config = lm.run_preset(name, optimizer)  # pyrefly: ignore[bad-argument-type]
+    except ValueError:  # a name that there is not, which the parser reports
+        config = lm.TrainConfig()
     return tyro.cli(
-        TrainCommand, args=list(arguments), default=default, prog="erlangen train", description=_DESCRIPTION
-    )
+        TrainCommand, args=list(arguments), default=TrainCommand(config=config), prog="erlangen train",
+        description=_DESCRIPTION,
+    )  # fmt: skip
 
 
 class Reporter:

@@ -1,5 +1,6 @@
 """A transformer whose attention symmetry is visible, the corpora it reads and the loop that trains it."""
 
+from . import reasoning as reasoning
 from .checkpoint import CheckpointError as CheckpointError
 from .config import PRESETS as PRESETS
 from .config import GPTConfig as GPTConfig
@@ -8,6 +9,8 @@ from .corpus import Corpus as Corpus
 from .corpus import Tokens as Tokens
 from .corpus import load_corpus as load_corpus
 from .model import GPT as GPT
+from .presets import RUN_PRESETS as RUN_PRESETS
+from .presets import run_preset as run_preset
 from .settings import BreakingConfig as BreakingConfig
 from .settings import DataConfig as DataConfig
 from .settings import OptimizerConfig as OptimizerConfig

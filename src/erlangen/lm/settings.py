@@ -26,6 +26,9 @@ class DataConfig:
     """Share of the corpus held out."""
     max_tokens: int | None = None
     """Stop reading the corpus after so many tokens."""
+    order: Literal["shuffled", "sequential"] = "shuffled"
+    """Windows of an epoch in a random order, or one after another as they stand in the corpus: a batch is then
+    batch_size * context_length contiguous tokens."""
     text_field: str = "text"
     """The field of a Hugging Face data set that holds the text."""
 
@@ -39,13 +42,17 @@ class OptimizerConfig:
     lr: float | None = None
     """Learning rate, before the schedule."""
     weight_decay: float | None = None
-    """Weight decay; of matrices only."""
+    """Weight decay, of the parameters that `decay` names."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What weight decay is on: matrices (embeddings included), or biases, norms and slopes too."""
     betas: tuple[float, float] | None = None
     """AdamW, SOAP: decay of the first and second moment."""
     momentum: float | None = None
     """SGDM, Muon: decay of the momentum."""
     nesterov: bool | None = None
     """SGDM: look ahead along the momentum."""
+    initial_velocity_std: float | None = None
+    """SGDM: deviation of the momentum's coordinates at the start; 0 starts from rest."""
     eta: float | None = None
     """ECD: how strongly low loss is preferred."""
     F0: float | None = None
@@ -54,11 +61,13 @@ class OptimizerConfig:
     """ECD: size of the random turn after each step."""
     kick: Literal["exact", "euler"] | None = None
     """ECD: the norm-preserving kick, or the published one."""
+    dot: Literal["global", "per_tensor"] | None = None
+    """ECD, Euler kick: product of velocity and gradient over all parameters, or over each by itself, as published."""
 
     def settings(self) -> dict[str, Any]:
-        """The fields that were given, less the name."""
+        """The fields that were given, as `erlangen.optim.create` takes them: less the name and `decay`."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: value for name, value in fields.items() if value is not None and name != "name"}
+        return {name: value for name, value in fields.items() if value is not None and name not in ("name", "decay")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,14 @@ class BreakingConfig:
     """A vector of its own for each head, rather than one shared by the heads of a layer."""
     redraw: Literal["forward", "step"] = "forward"
     """Draw on every training forward, or once a step of the optimiser."""
+    evaluate_with: Literal["mean", "last"] = "mean"
+    """Validate during training with the mean of the biases, or with the last draw, as published. A model that is
+    loaded uses the mean."""
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `erlangen.breaking.break_symmetry`, less the seed."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if name not in ("enabled", "evaluate_with")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +155,8 @@ class TrainConfig:
     """Largest norm of the gradient; None does not clip."""
     precision: Literal["float32", "bfloat16", "float64"] = "float32"
     """float32, bfloat16 autocast over float32 weights, or float64."""
+    tf32: bool = False
+    """On a GPU, let products of float32 matrices round their factors to TF32 while the run lasts."""
     compile: bool = False
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
@@ -151,7 +170,12 @@ class TrainConfig:
     eval_every: int = 100
     """Steps between two validations; the last step always has one."""
     eval_windows: int = 256
-    """Validate on so many windows, the same ones each time (or on all there are, if fewer)."""
+    """Validate on so many windows (or on all there are, if fewer)."""
+    evaluation: Literal["fixed", "next"] = "fixed"
+    """Validate on the same windows each time, or each time on the next ones of the held-out text, as published. Losses
+    of different windows cannot be compared to a tenth of a nat."""
+    log_window_losses: bool = False
+    """Log at each validation the loss of every window, to five digits."""
     log_charges: bool = True
     """Log the Noether charges of the heads at each validation."""
     log_gauge: bool = True

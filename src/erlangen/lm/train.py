@@ -25,7 +25,7 @@ from .logs import JsonLines, Tracker, find_tracker
 from .model import GPT, at_least_float32
 from .settings import BreakingConfig, OptimizerConfig, ReductionConfig, TrainConfig, from_dict, to_dict
 from .tokenizers import load_tokenizer
-from .windows import TrainingWindows, validation_windows
+from .windows import SequentialWindows, TrainingWindows, validation_windows
 
 
 class TrainingError(RuntimeError):
@@ -40,7 +40,8 @@ class TrainResult:
         folder: the run's folder.
         finished: False when it was stopped before its last step; it can be resumed.
         records: the log, one dict a line: "step" and either "loss" (training) or "validation_loss",
-            "validation_standard_error" and perhaps "charges" and "gauge".
+            "validation_standard_error", "validation_windows" and, where asked, "validation_first_window",
+            "window_losses", "charges" and "gauge".
         model: the trained model, in evaluation mode.
     """
 
@@ -67,29 +68,29 @@ def build_model(config: GPTConfig, broken: BreakingConfig, *, seed: int) -> GPT:
     """A model with the initial weights that ``seed`` gives, broken if asked."""
     model = GPT(config, generator=torch.Generator().manual_seed(seed))
     if broken.enabled:
-        fields = {name: value for name, value in to_dict(broken).items() if name != "enabled"}
-        breaking.break_symmetry(model, seed=seed, **fields)
+        breaking.break_symmetry(model, seed=seed, **broken.settings())
     return model
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: nn.Module, reduction: ReductionConfig | None = None
+    config: OptimizerConfig, model: nn.Module, reduction: ReductionConfig | None = None, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimiser of a model: weight decay on matrices only, names handed over for those who need them.
+    """The optimiser of a model: weight decay where `OptimizerConfig.decay` puts it, names handed over for those who
+    need them; ``seed`` is that of a random initial velocity.
 
     A reduction of kind "invariant" trains the heads by `erlangen.gauge.QuotientSGD`, without weight decay, and leaves
     the rest to the optimiser. The other kinds are put on it by `reduce_optimizer`.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if reduction is None or reduction.kind != "invariant":
-        return _create(config, named)
+        return _create(config, named, seed)
     lr = _learning_rate(config) if reduction.lr is None else reduction.lr
     return gauge.QuotientSGD(
         model,
         lr=lr,
         momentum=reduction.momentum,
         sectors=gauge.free_sectors(model),
-        rest=lambda named: _create(config, named),
+        rest=lambda named: _create(config, named, seed),
     )
 
 
@@ -107,9 +108,11 @@ def reduce_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, reducti
         gauge.charted(optimizer, model, sectors=gauge.free_sectors(model))
 
 
-def _create(config: OptimizerConfig, named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+def _create(config: OptimizerConfig, named: Iterable[tuple[str, nn.Parameter]], seed: int) -> torch.optim.Optimizer:
     settings, named = config.settings(), list(named)
-    if not settings.get("weight_decay", 0.0) and "weight_decay" in settings:
+    if config.initial_velocity_std:
+        settings["seed"] = seed
+    if config.weight_decay == 0.0 or config.decay == "all":
         return optim.create(config.name, named, **settings)
     groups = [
         {"params": [(name, parameter) for name, parameter in named if parameter.ndim >= 2]},
@@ -142,7 +145,6 @@ def load(folder: str | Path) -> GPT:
     return model.eval()
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     windows: Tensor,
@@ -163,6 +165,24 @@ def evaluate(
         the mean over windows of their mean cross-entropy in nats a token, and the standard deviation over windows
         divided by √n (windows taken as independent); NaN for one window.
     """
+    return _mean_and_error(window_losses(model, windows, batch_size=batch_size, world=world, precision=precision))
+
+
+def _mean_and_error(losses: Tensor) -> tuple[float, float]:
+    error = (losses.std() / math.sqrt(len(losses))).item() if len(losses) > 1 else math.nan
+    return losses.mean().item(), error
+
+
+@torch.no_grad()
+def window_losses(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    batch_size: int = 32,
+    world: World | None = None,
+    precision: str = "float32",
+) -> Tensor:
+    """The mean cross-entropy of each window in nats a token, float64 [n]; arguments as for `evaluate`."""
     world = world or World(0, 1, next(model.parameters()).device)
     was_training = model.training
     model.eval()
@@ -181,9 +201,34 @@ def evaluate(
                 losses[index] = loss.view(len(index), -1).double().mean(dim=1)
     finally:
         model.train(was_training)
-    losses = world.sum(losses)
-    error = (losses.std() / math.sqrt(len(losses))).item() if len(losses) > 1 else math.nan
-    return losses.mean().item(), error
+    return world.sum(losses)
+
+
+@contextmanager
+def _last_draw(model: nn.Module, use: bool) -> Iterator[None]:
+    """Have a broken model evaluate with its last training draw while this lasts, rather than with the mean."""
+    biases = getattr(model, "symmetry_breaking", None)
+    if not use or biases is None:
+        yield
+        return
+    biases.evaluate_with = "last"
+    try:
+        yield
+    finally:
+        biases.evaluate_with = "mean"
+
+
+@contextmanager
+def _tf32(use: bool) -> Iterator[None]:
+    if not use:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _autocast(device: torch.device, precision: str) -> Any:
@@ -304,7 +349,7 @@ def _train(
         if from_checkpoint is not None:
             run.load(from_checkpoint)
         run.open_logs(tracker)
-        with stop_on_signal() as stop:
+        with stop_on_signal() as stop, _tf32(config.tf32 and here.device.type == "cuda"):
             try:
                 run.loop(stop, progress)
             finally:
@@ -357,7 +402,7 @@ class _Run:
         self.model.to(here.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.wrapped = here.wrap(self.model, config.parallel, compile=config.compile)
-        self.optimizer = build_optimizer(config.optimizer, self.model, config.reduction)
+        self.optimizer = build_optimizer(config.optimizer, self.model, config.reduction, seed=config.seed)
         self.monitor: gauge.GaugeMonitor | None = None
         if config.reduction.kind == "dressed":
             # The step is measured before it is dressed: what the optimiser did, not what a dressing takes back.
@@ -369,8 +414,15 @@ class _Run:
         self.lr = _learning_rate(config.optimizer)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         length = config.model.context_length
-        self.windows = TrainingWindows(corpus.train, length, seed=config.seed)
-        self.validation = validation_windows(corpus.validation, length, config.eval_windows)
+        if config.data.order == "sequential":
+            self.windows = SequentialWindows(corpus.train, length)
+        else:
+            self.windows = TrainingWindows(corpus.train, length, seed=config.seed)
+        self.validation: Tensor | SequentialWindows
+        if config.evaluation == "next":
+            self.validation = SequentialWindows(corpus.validation, length)
+        else:
+            self.validation = validation_windows(corpus.validation, length, config.eval_windows)
         self.saved_at: int | None = None
         self.records: list[dict[str, Any]] = []
         self.log: JsonLines | None = None
@@ -516,18 +568,31 @@ class _Run:
         }
 
     def validate(self) -> dict[str, Any]:
-        """Validation loss on the fixed windows, the charges, and what the last step did in gauge directions."""
-        mean, error = evaluate(
-            self.wrapped, self.validation, world=self.world, precision=self.config.precision,
-            batch_size=max(1, self.config.batch_size // (self.config.accumulation * self.world.size)),
-        )  # fmt: skip
+        """Validation loss, the charges, and what the last step did in gauge directions."""
+        config, first = self.config, None
+        if isinstance(self.validation, SequentialWindows):
+            count = min(config.eval_windows, self.validation.windows_per_epoch)
+            first = -(-self.step // config.eval_every) * count % self.validation.windows_per_epoch
+            windows = self.validation.batch(first, count)
+        else:
+            windows = self.validation
+        with _last_draw(self.model, config.breaking.evaluate_with == "last"):
+            losses = window_losses(
+                self.wrapped, windows, world=self.world, precision=config.precision,
+                batch_size=max(1, config.batch_size // (config.accumulation * self.world.size)),
+            )  # fmt: skip
+        mean, error = _mean_and_error(losses)
         record: dict[str, Any] = {
             "step": self.step,
             "validation_loss": mean,
             "validation_standard_error": None if math.isnan(error) else error,
-            "validation_windows": len(self.validation),
+            "validation_windows": len(windows),
         }
-        if self.config.log_charges and self.step:
+        if first is not None:
+            record["validation_first_window"] = first
+        if config.log_window_losses:
+            record["window_losses"] = [round(loss, 5) for loss in losses.tolist()]
+        if config.log_charges and self.step:
             charges = gauge.charges(self.model, self.optimizer)
             record["charges"] = {str(layer): sectors for layer, sectors in charges.items()}
         if self.monitor is not None and self.step:

@@ -1,4 +1,4 @@
-"""Windows of tokens: shuffled ones to train on, a fixed set to validate on.
+"""Windows of tokens: shuffled or sequential ones to train on, a fixed set to validate on.
 
 A window holds ``context_length + 1`` tokens: the first ``context_length`` are the inputs and the last
 ``context_length`` the targets. Neighbouring windows share one token, the last target of the one and the first input
@@ -61,9 +61,7 @@ class TrainingWindows:
         Raises:
             ValueError: ``first`` is negative or ``count`` is not positive.
         """
-        first, count = operator.index(first), operator.index(count)
-        if first < 0 or count < 1:
-            raise ValueError(f"batch takes first >= 0 and count >= 1, got first={first} and count={count}")
+        first, count = _checked(first, count)
         windows_WT = np.empty((count, self.context_length + 1), np.int64)
         done = 0
         while done < count:
@@ -93,6 +91,45 @@ class TrainingWindows:
         return self._epoch[1:]
 
 
+class SequentialWindows:
+    """An endless stream of windows in the order of the corpus, each a pure function of its number in the stream.
+
+    The windows of a shard start at multiples of ``context_length``, and shards follow one another, so that
+    neighbouring windows are contiguous text; after the last window comes the first again. The tokens of a shard that
+    do not fill a window are not used.
+
+    Args:
+        tokens: what to cut.
+        context_length: number of inputs of a window.
+
+    Raises:
+        ValueError: ``context_length`` is not positive, or no shard has one window.
+    """
+
+    def __init__(self, tokens: Tokens, context_length: int):
+        lengths = _lengths(tokens, context_length)
+        self.context_length = context_length
+        self._shards = tokens.shards
+        self._first_window = np.concatenate([[0], np.cumsum((lengths - 1) // context_length)])
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Number of windows of the corpus."""
+        return int(self._first_window[-1])
+
+    def batch(self, first: int, count: int) -> torch.Tensor:
+        """Windows number ``first`` to ``first + count - 1`` of the stream: int64 [count, context_length + 1].
+
+        Raises:
+            ValueError: ``first`` is negative or ``count`` is not positive.
+        """
+        first, count = _checked(first, count)
+        numbers = (first + np.arange(count)) % self.windows_per_epoch
+        windows_WT = np.empty((count, self.context_length + 1), np.int64)
+        _gather(self._shards, self._first_window, np.zeros(len(self._shards), np.int64), numbers, windows_WT)
+        return torch.from_numpy(windows_WT)
+
+
 def validation_windows(tokens: Tokens, context_length: int, max_windows: int | None) -> torch.Tensor:
     """A fixed set of windows: int64 [number of windows, context_length + 1].
 
@@ -112,6 +149,13 @@ def validation_windows(tokens: Tokens, context_length: int, max_windows: int | N
     windows_WT = np.empty((count, context_length + 1), np.int64)
     _gather(tokens.shards, first_window, np.zeros(len(lengths), np.int64), numbers, windows_WT)
     return torch.from_numpy(windows_WT)
+
+
+def _checked(first: int, count: int) -> tuple[int, int]:
+    first, count = operator.index(first), operator.index(count)
+    if first < 0 or count < 1:
+        raise ValueError(f"batch takes first >= 0 and count >= 1, got first={first} and count={count}")
+    return first, count
 
 
 def _lengths(tokens: Tokens, context_length: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from erlangen import lm
 from erlangen.lm import DataConfig, TrainConfig
 from erlangen.lm.checkpoint import checkpoints
 from erlangen.lm.logs import read_jsonl
-from erlangen.lm.settings import to_dict
+from erlangen.lm.settings import from_dict, to_dict
 
 from ._jobs import Job, Tick
 
@@ -108,7 +108,8 @@ def is_finished(config: TrainConfig) -> bool:
     found = json.loads(path.read_text())
     if config.model.vocab_size is None:  # the tokenizer's
         config = replace(config, model=replace(config.model, vocab_size=found["model"]["vocab_size"]))
-    if found != json.loads(json.dumps(to_dict(config))):
+    # What a run of an older version does not name has the default that it ran with.
+    if to_dict(from_dict(TrainConfig, found)) != to_dict(config):
         raise ValueError(f"{folder} holds a run with other settings: remove {folder.parent} or choose another folder")
     if failure(config) is not None:
         return True
