@@ -12,6 +12,8 @@ usage: erlangen COMMAND [options]
 
   tour          train small models, with symmetries broken and lived on, and write a report (about five minutes)
   train         train a language model
+  evaluate      ask a language model questions with a known answer, and compare two models
+  explain       which keys the preferred direction of every head favours, by chance and by cause
   bench         measure time and memory of attention between poses
   channels      what of sequences, motifs or attention maps lies in each channel of a finite group
   audit         how many dimensions of a checkpoint are redundant, and what its heads are like
@@ -34,6 +36,18 @@ def _tour(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     from .train import main
+
+    return main(arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from .evaluate import main
+
+    return main(arguments)
+
+
+def _explain(arguments: Sequence[str]) -> int:
+    from .explain import main
 
     return main(arguments)
 
@@ -90,6 +104,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": _compare,
     "merge": _merge,
     "shrink": _shrink,
+    "evaluate": _evaluate,
+    "explain": _explain,
 }
 
 
