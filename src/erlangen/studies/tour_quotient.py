@@ -18,8 +18,9 @@ from erlangen import report
 from erlangen.lm import TrainConfig
 
 from ._reading import Part, by_seed, verdict, with_error
+from ._tuned import values
 from .break_or_reduce.arms import SIZES, TITLES, run_config
-from .break_or_reduce.results import LABELS, values, visible
+from .break_or_reduce.results import LABELS, visible
 from .break_or_reduce.study import QUANTITIES, read
 
 ARMS = ("plain", "noise", "horizontal", "dressed", "invariant")

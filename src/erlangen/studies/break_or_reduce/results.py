@@ -1,7 +1,5 @@
 """The rule, the tables and the report."""
 
-import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +9,15 @@ from erlangen import report
 from erlangen._extras import require
 
 from .._jobs import Progress
-from .._reading import by_seed, copy_tables, verdict, with_error
+from .._reading import by_seed, copy_tables, with_error
+from .._tuned import SIGNIFICANCE, Records, compared, finite, forest, mark, stopped, tuning_table, values
 from .arms import ARMS, TITLES
 from .study import QUANTITIES, BreakOrReduceConfig, measure
 
-Records = Sequence[Mapping[str, Any]]
 COMPARED = (
     *((arm, "plain") for arm in ARMS if arm != "plain"),
     *(("noise", arm) for arm in ("horizontal", "dressed", "invariant")),
 )
-SIGNIFICANCE = 0.05
 LABELS = {
     "vertical_share": "share along the gauge",
     "charge_drift": "drift of the charge",
@@ -43,12 +40,6 @@ def run(config: BreakOrReduceConfig, progress: Progress | None = None) -> Path:
     return _write_report(config, *measure(config, progress))
 
 
-def values(records: Records, optimizer: str, arm: str, key: str = "loss") -> np.ndarray:
-    """A number of a case, by seed [seeds]; of a list, its last."""
-    chosen = [r[key] for r in by_seed(records, optimizer=optimizer, arm=arm)]
-    return np.array([(v[-1] if v else math.nan) if isinstance(v, list) else v for v in chosen], dtype=float)
-
-
 def compare(config: BreakOrReduceConfig, records: Records) -> list[dict[str, Any]]:
     """The comparisons of the rule.
 
@@ -56,34 +47,14 @@ def compare(config: BreakOrReduceConfig, records: Records) -> list[dict[str, Any
         a row each: optimizer, first, second, ``difference`` (first minus second) a seed, ``interval`` (95 %, Student),
         ``p``, ``holm`` (p adjusted for all rows), and ``reading``. Where a run could not go on the three are NaN.
     """
-    rows: list[dict[str, Any]] = []
+    differences = []
     for optimizer in config.optimizers:
         for first, second in COMPARED:
             losses = {arm: values(records, optimizer, arm) for arm in (first, second)}
-            stopped = {arm: int(np.isinf(found).sum()) for arm, found in losses.items()}
-            row: dict[str, Any] = {"optimizer": optimizer, "first": first, "second": second, "stopped": stopped}
-            if any(stopped.values()):
-                nothing = np.full(len(losses[first]), np.nan)
-                row |= {"difference": nothing, "interval": report.Interval(*[math.nan] * 3), "p": math.nan}
-            else:
-                difference = losses[first] - losses[second]
-                row |= {
-                    "difference": difference,
-                    "interval": report.paired_interval(difference),
-                    "p": report.paired_p_value(difference),
-                }
-            rows.append(row)
-    for row, adjusted in zip(rows, report.holm([row["p"] for row in rows])):
-        row |= {"holm": adjusted, "reading": _reading(row, adjusted)}
-    return rows
-
-
-def _reading(row: Mapping[str, Any], adjusted: float) -> str:
-    stopped = [f"{count} of {len(row['difference'])} runs of {arm}" for arm, count in row["stopped"].items() if count]
-    if stopped:
-        return f"no interval: {' and '.join(stopped)} could not go on"
-    called = verdict(row["first"], row["second"], row["interval"])
-    return f"a hint: {called}" if called.endswith("is better") and adjusted >= SIGNIFICANCE else called
+            row = {"optimizer": optimizer, "first": first, "second": second, "stopped": stopped(losses)}
+            with np.errstate(invalid="ignore"):
+                differences.append(row | {"difference": losses[first] - losses[second]})
+    return compared(differences)
 
 
 # Tables
@@ -93,34 +64,12 @@ def tables(config: BreakOrReduceConfig, tuned: Records, records: Records) -> dic
     """All tables of the report, by the name of their file."""
     return {
         "overview": _overview_table(config, records),
-        "tuning": _tuning_table(tuned),
+        "tuning": tuning_table(tuned, TITLES),
         "losses": _loss_table(config, records),
         "differences": _difference_table(config, records),
         "gauge": _gauge_table(config, records),
         "runs": _run_table(records),
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _tuning_table(tuned: Records) -> report.Table:
-    return report.Table(
-        ("Optimiser", "Arm", "Rates", "Loss, low rate", "Loss, middle rate", "Loss, high rate", "Chosen",
-         "At the edge"),
-        [
-            (
-                TITLES[r["optimizer"]], r["arm"], ", ".join(f"{rate:g}" for rate in r["rates"]),
-                *(_finite(loss) for loss in r["losses"]), r["rate"], "yes" if r["edge"] else "no",
-            )
-            for r in tuned
-        ],
-        "The choice of learning rates, on one seed that is not used again: held-out loss at the last step, nats a "
-        "token. An empty cell is a run that could not go on. Where the choice is at the edge of the grid, a better "
-        "rate may lie beyond it.",
-        formats={f"Loss, {which} rate": ".4f" for which in ("low", "middle", "high")} | {"Chosen": "g"},
-    )  # fmt: skip
 
 
 def _loss_table(config: BreakOrReduceConfig, records: Records) -> report.Table:
@@ -130,7 +79,7 @@ def _loss_table(config: BreakOrReduceConfig, records: Records) -> report.Table:
         mean = with_error(losses, ".4f", ".4f") if np.isfinite(losses).all() else "–"
         time = float(np.median(values(records, optimizer, arm, "milliseconds")))
         rate = by_seed(records, optimizer=optimizer, arm=arm)[0]["lr"]
-        rows.append((TITLES[optimizer], arm, rate, mean, *(_finite(loss) for loss in losses.tolist()), time))
+        rows.append((TITLES[optimizer], arm, rate, mean, *(finite(loss) for loss in losses.tolist()), time))
     seeds = [f"Seed {seed}" for seed in range(config.seeds)]
     return report.Table(
         ("Optimiser", "Arm", "Learning rate", "Loss", *seeds, "Step, ms"),
@@ -144,17 +93,10 @@ def _loss_table(config: BreakOrReduceConfig, records: Records) -> report.Table:
 def _overview_table(config: BreakOrReduceConfig, records: Records) -> report.Table:
     found = {(r["first"], r["second"], r["optimizer"]): r for r in compare(config, records)}
 
-    def cell(row: Mapping[str, Any]) -> str | None:
-        if not math.isfinite(row["interval"].mean):
-            return None
-        called, hint = row["reading"].endswith("is better"), row["reading"].startswith("a hint")
-        mark = "\u00a0○" if hint else "\u00a0●" if called else ""
-        return f"{row['interval'].mean:+.3f}{mark}".replace("-", "−")
-
     return report.Table(
         ("First − second", *(TITLES[optimizer] for optimizer in config.optimizers)),
         [
-            (f"{first} − {second}", *(cell(found[first, second, optimizer]) for optimizer in config.optimizers))
+            (f"{first} − {second}", *(mark(found[first, second, optimizer]) for optimizer in config.optimizers))
             for first, second in COMPARED
         ],
         "Differences of the held-out losses, nats a token, mean over seeds: below zero the first is better. "
@@ -209,7 +151,7 @@ def _run_table(records: Records) -> report.Table:
          "Why it could not go on"),
         [
             (
-                r["optimizer"], r["arm"], r["seed"], r["lr"], _finite(r["loss"]),
+                r["optimizer"], r["arm"], r["seed"], r["lr"], finite(r["loss"]),
                 *(r[name][-1] if r[name] else None for name in QUANTITIES), r["milliseconds"], r["failure"] or "",
             )
             for r in records
@@ -248,20 +190,6 @@ def curves(config: BreakOrReduceConfig, records: Records, x: str, y: str, label:
     )
 
 
-def forest(comparison: Records, optimizer: str) -> report.Figure:
-    """The comparisons of one optimiser."""
-    rows = [
-        report.IntervalRow(f"{r['first']} − {r['second']}", *r["interval"], points=tuple(r["difference"]))
-        for r in comparison
-        if r["optimizer"] == optimizer
-    ]
-    return report.Figure(
-        report.intervals(rows, x_label="difference of held-out losses, nats a token", title=TITLES[optimizer]),
-        f"{TITLES[optimizer]}: mean, 95 % interval, each seed. Left of zero the first is better.",
-        f"Forest plot of the paired differences under {TITLES[optimizer]}.",
-    )
-
-
 def _summary(config: BreakOrReduceConfig, comparison: Records) -> list[str]:
     """What the rule says: how often, then by optimiser."""
     called = [r for r in comparison if r["reading"].endswith("is better")]
@@ -287,7 +215,14 @@ def _write_report(config: BreakOrReduceConfig, tuned: Records, records: Records)
         "vertical": curves(config, records, "gauge_steps", "vertical_share", LABELS["vertical_share"], True),
         "drift": curves(config, records, "gauge_steps", "charge_drift", LABELS["charge_drift"], True),
         "orbit": curves(config, records, "gauge_steps", "orbit_distance", LABELS["orbit_distance"], False),
-    } | {f"forest_{optimizer}": forest(comparison, optimizer) for optimizer in config.optimizers}
+    } | {
+        f"forest_{optimizer}": forest(
+            [row for row in comparison if row["optimizer"] == optimizer],
+            "difference of held-out losses, nats a token",
+            TITLES[optimizer],
+        )
+        for optimizer in config.optimizers
+    }
     model = size.model
     sections = [
         report.Section("What was run", [
