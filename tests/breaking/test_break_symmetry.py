@@ -247,7 +247,7 @@ MODERN = {"positions": "rotary", "rotary_fraction": 0.5, "qk_norm": True, "num_k
         ({}, True, "aot_eager"),
         ({"mlp": "prelu"}, True, "aot_eager"),
         (MODERN, False, "aot_eager"),
-        (MODERN, True, "inductor"),
+        (MODERN | {"num_layers": 1}, True, "inductor"),
     ],
     ids=str,
 )

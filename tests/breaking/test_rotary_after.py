@@ -6,21 +6,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from small_gpt import TOKENS, at_random, make
 
 from erlangen import breaking
 from erlangen.breaking._rotary import recorded_turns, turn, unturn
 from erlangen.gauge.layout import Rotary
-from erlangen.lm import GPT, GPTConfig
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, "rope_theta": 100.0}
-
-
-def at_random(model):
-    generator = torch.Generator().manual_seed(2)
-    for layer in range(2):
-        mean = model.symmetry_breaking.bias("query", layer, mean=True)
-        model.symmetry_breaking.set_mean("query", layer, torch.randn(mean.shape, generator=generator).double())
-    return model
 
 
 def biases(model, *, mean, heads):
@@ -62,7 +54,7 @@ def test_families(case, monkeypatch):
     # as many tokens as heads: the axes of heads and tokens are as long as each other
     tokens = tiny.some_tokens(length=4 if "square" in case else 5)
     plain = tiny.make(name, **CASES[case])
-    model = at_random(breaking.break_symmetry(copy.deepcopy(plain), rotary="after", value_std=0.0))
+    model = at_random(breaking.break_symmetry(copy.deepcopy(plain), rotary="after", value_std=0.0), ["query"])
     found = tiny.outputs(model, tokens)
     cached = []
     cache = transformers.DynamicCache(config=model.config)
@@ -82,30 +74,18 @@ def test_families(case, monkeypatch):
         assert (result - expected).abs().max() < 1e-12
     assert (torch.cat(cached, dim=1) - found).abs().max() < 1e-12
     before = breaking.break_symmetry(copy.deepcopy(plain), rotary="before", value_std=0.0)
-    assert (tiny.outputs(at_random(before), tokens) - found).abs().max() > 1e-4, "the order matters"
+    assert (tiny.outputs(at_random(before, ["query"]), tokens) - found).abs().max() > 1e-4, "the order matters"
     restored = breaking.restore(model)
     assert torch.equal(tiny.outputs(restored, tokens), tiny.outputs(plain, tokens))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in restored.modules())
-
-
-TOKENS = torch.randint(32, (3, 16), generator=torch.Generator().manual_seed(0))
-
-
-def ours(**fields):
-    config = GPTConfig(vocab_size=32, context_length=16, num_layers=2, num_heads=4, dim=32, **fields)
-    model = GPT(config, generator=torch.Generator().manual_seed(0)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return model
 
 
 @pytest.mark.parametrize(
     "fields", [{"positions": "rotary"}, {"positions": "rotary", "rotary_fraction": 0.5, "num_kv_heads": 2}], ids=str
 )
 def test_ours(fields, monkeypatch):
-    plain = ours(**fields)
-    model = at_random(breaking.break_symmetry(copy.deepcopy(plain), rotary="after", value_std=0.0))
+    plain = make(**fields)
+    model = at_random(breaking.break_symmetry(copy.deepcopy(plain), rotary="after", value_std=0.0), ["query"])
     honest = F.scaled_dot_product_attention
     for training in (False, True):
         result = model.train(training)(TOKENS)[0]
@@ -130,17 +110,17 @@ def test_ours(fields, monkeypatch):
 
 
 def test_without_rotary_positions_both_orders_are_one():
-    models = [breaking.break_symmetry(ours(), rotary=rotary, seed=3) for rotary in ("before", "after")]
+    models = [breaking.break_symmetry(make(), rotary=rotary, seed=3) for rotary in ("before", "after")]
     assert torch.equal(models[0](TOKENS)[0], models[1](TOKENS)[0])
     assert (breaking.fold(models[1]).eval()(TOKENS)[0] - models[0].eval()(TOKENS)[0]).abs().max() < 1e-12
 
 
 def test_refused_where_it_cannot_be():
     with pytest.raises(ValueError, match="norms its queries inside"):
-        breaking.break_symmetry(ours(positions="rotary", qk_norm=True), rotary="after")
+        breaking.break_symmetry(make(positions="rotary", qk_norm=True), rotary="after")
     with pytest.raises(ValueError, match="rotary must be"):
-        breaking.break_symmetry(ours(), rotary="behind")
-    model = breaking.break_symmetry(ours(positions="rotary"), rotary="after")
+        breaking.break_symmetry(make(), rotary="behind")
+    model = breaking.break_symmetry(make(positions="rotary"), rotary="after")
     with pytest.raises(TypeError, match="without a table of its rotary positions"):
         model.blocks[0].attention(torch.zeros(1, 3, 32, dtype=torch.float64))
 
@@ -163,13 +143,13 @@ def test_turn_and_its_inverse(pairs):
 
 
 def test_recorded_turns_are_those_of_the_call():
-    model = ours(positions="rotary", rotary_fraction=0.5)
+    model = make(positions="rotary", rotary_fraction=0.5)
     with recorded_turns(model) as turns:
         model(TOKENS[:, :7])
     assert set(turns) == {0, 1} and turns[0].cos.shape == (1, 7, 2)
     x = torch.randn(1, 4, 7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert torch.equal(turn(x, turns[1], Rotary(dim=4)), model.rotary(x))
     assert not any(module._forward_pre_hooks for module in model.modules())
-    with recorded_turns(ours()) as none:
+    with recorded_turns(make()) as none:
         pass
     assert none == {}

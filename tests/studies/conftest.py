@@ -1,5 +1,6 @@
 """What the tests of studies share."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,15 @@ import torch
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(3)
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    """Words of a small vocabulary in random order."""
+    words = np.random.default_rng(0).choice(["to be, ", "or not ", "to be.\n", "That is ", "the question: "], 900)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(words))
+    return path
 
 
 @pytest.fixture(autouse=True)

@@ -25,15 +25,6 @@ pytestmark = pytest.mark.xdist_group("break_or_reduce")  # the run below is wort
 pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'erlangen[report]'")
 
 
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    """Words of a small vocabulary in random order."""
-    words = np.random.default_rng(0).choice(["to be, ", "or not ", "to be.\n", "That is ", "the question: "], 900)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(words))
-    return path
-
-
 # What is declared
 
 

@@ -25,15 +25,6 @@ pytest.importorskip("transformers", reason="the family llama is of transformers"
 
 
 @pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    """Words of a small vocabulary in random order."""
-    words = np.random.default_rng(0).choice(["to be, ", "or not ", "to be.\n", "That is ", "the question: "], 900)
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(words))
-    return path
-
-
-@pytest.fixture(scope="module")
 def text(text_file):
     return models.read_text(text_file, 8)
 
