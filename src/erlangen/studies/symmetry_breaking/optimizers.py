@@ -248,7 +248,7 @@ def part(
                 for r in rows
                 if r["question"] == "gap"
             ],
-            "loss − loss of AdamW with as many biases, nats a token",
+            "loss − loss of AdamW, nats a token",
             "Gap to AdamW",
         ),
     }
