@@ -15,6 +15,7 @@ from erlangen.gauge import HeadLayout, Layer, ModelLayout, Norm, describes, rows
 from erlangen.gauge import Rotary as RotaryLayout
 
 from ._cross_entropy import cross_entropy
+from ._prelu import prelu
 from .config import GPTConfig
 
 
@@ -88,8 +89,7 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             hidden = F.silu(self.gate(x_BTC)) * hidden
         elif self.kind == "prelu":
-            # The same values as torch.where(hidden >= 0, hidden, slope * hidden), in a quarter of its time on a CPU.
-            hidden = F.relu(hidden) - self.slope.to(hidden.dtype) * F.relu(-hidden)
+            hidden = prelu(hidden, self.slope)
         else:
             hidden = F.gelu(hidden)
         return self.down(hidden)

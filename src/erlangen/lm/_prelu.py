@@ -1,0 +1,49 @@
+"""PReLU with one slope a feature (He et al., arXiv 1502.01852), in few passes over memory.
+
+`torch.nn.functional.prelu` computes the same and has a fast forward; its backward pass on a CPU takes one element at a
+time. Shape suffix F: features.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def prelu(x: Tensor, slope_F: Tensor) -> Tensor:
+    """x where it is positive, slope · x elsewhere; at 0 the derivative is that of the left side.
+
+    Args:
+        x: floating [..., F].
+        slope_F: floating [F], taken in the dtype of x.
+    """
+    if torch.compiler.is_compiling():  # which fuses it
+        return torch.where(x > 0, x, slope_F.to(x.dtype) * x)
+    return _PReLU.apply(x, slope_F.to(x.dtype))
+
+
+class _PReLU(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, slope_F: Tensor) -> Tensor:  # type: ignore[override]
+        return F.prelu(x.reshape(-1, x.shape[-1]), slope_F).view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, slope_F = ctx.saved_tensors
+        right = torch.ops.aten.threshold_backward(grad, x, 0)
+        left = grad - right
+        slope_grad_F = (left * x).flatten(0, -2).sum(0)
+        return torch.addcmul(right, left, slope_F), slope_grad_F
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor, slope_tangent_F: Tensor) -> Tensor:  # type: ignore[override]
+        x, slope_F = ctx.saved_tensors
+        return torch.where(x > 0, x_tangent, slope_F * x_tangent + slope_tangent_F * x)
