@@ -60,7 +60,9 @@ def models():
     return families()
 
 
-FAMILIES = ("gpt2", "gpt2 untied", "gpt_neox", "llama", "llama tied", "qwen3", "gemma2", "bert")
+FAMILIES = (
+    "gpt2", "gpt2 untied", "gpt_neox", "llama", "llama tied", "qwen3", "gemma2", "bert", "deepseek_v2 with experts",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -83,6 +85,7 @@ def test_a_moved_copy_comes_back(name, models, tmp_path):
     assert sum(record.neurons_moved) and [len(heads) for heads in record.heads] == list(
         map(len, record.head_similarity)
     )
+    assert bool(sum(moved or 0 for moved in record.experts_moved)) == name.endswith("experts")
     merge_folders(tmp_path / "a", tmp_path / "b", tmp_path / "plain", 0.3, using="none", check=False)
     plain = load(tmp_path / "plain")
     assert max((plain[key] - before[key]).norm() / (1e-9 + before[key].norm()) for key in plain) > 0.1

@@ -7,17 +7,16 @@ import sys
 
 import pytest
 import torch
+from tiled_cases import FAST, H, attend, poses, problem
 
 from erlangen.lie import GL, SE2, SE3, SO2, SO3, Aff2, Aff3, Product, Sim2, Sim3, Translation, _geometry, _tiled
 from erlangen.lie._fused import fused_geometry
-from erlangen.lie.attention import lie_attention, morton_order
+from erlangen.lie.attention import lie_attention
 from erlangen.lie.layers import LieTransformer, LieTransformerConfig
 from erlangen.lie.values import lie_attention_tangent
 from erlangen.testing import assert_low_precision
 
-FAST = [SO2, SE2, SO3, SE3, Translation(3), Product(SE2, SO3), Product(SE3, Translation(1))]
 OTHERS = [Sim2, Sim3, GL(2), Aff2, Aff3, Product(SE2, Aff2)]
-H, D, E = 3, 4, 5
 
 
 @pytest.fixture(autouse=True)
@@ -26,49 +25,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(_geometry.PairGeometry, "tile", 4)
     monkeypatch.setattr(_geometry.ByLogarithm, "tile", 3)
     monkeypatch.setattr(_tiled, "_ELEMENTS", 40)
-
-
-def poses(group, *batch, generator, wide):
-    """Poses all over a compact group and metres apart; or, without ``wide``, whose relative poses are in the chart."""
-    if not wide:
-        xi = 0.3 * torch.randn(*batch, group.dim, generator=generator, dtype=torch.float64)
-        return group.exp(xi.clamp(-0.6, 0.6))
-    return group.random(*batch, generator=generator, dtype=torch.float64)
-
-
-def problem(group, generator, *, num_queries=10, num_keys=None, batch=2, heads=(1, 1), displaced=False, content=False):
-    """Arguments of lie_attention; without num_keys the queries are the keys."""
-    wide = group in FAST
-    H1, H2 = heads
-    query = poses(group, batch, *([H] if H1 > 1 else []), num_queries, generator=generator, wide=wide)
-    out = {"query": query}
-    if num_keys is not None:
-        out["key"] = poses(group, batch, *([H] if H2 > 1 else []), num_keys, generator=generator, wide=wide)
-    num_keys = num_keys or num_queries
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    out["value"] = normal(batch, H, num_keys, D)
-    out["block_weights"] = 0.3 + normal(H, len(group.blocks)).abs()
-    out["temperature"] = 0.5 + normal(H).abs()
-    if displaced:
-        out["displacement"] = poses(group, H, generator=generator, wide=False)
-    if content:
-        out["content_query"], out["content_key"] = normal(batch, H, num_queries, E), normal(batch, H, num_keys, E)
-    return out
-
-
-def attend(impl, group, tensors, compiled=False, **options):
-    """Output and the gradient of every tensor."""
-    function = torch.compile(lie_attention, backend="eager", fullgraph=True) if compiled else lie_attention
-    tensors = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    arguments = dict(tensors)
-    arguments.setdefault("key", arguments["query"])
-    out = function(**arguments, group=group, impl=impl, **options)
-    probe = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    out.backward(probe + 0.3 * out.detach())
-    return {"output": out.detach()} | {name: tensor.grad for name, tensor in tensors.items()}
 
 
 def assert_same(group, tensors, *, tolerance=1e-9, **options):
@@ -273,120 +229,10 @@ def test_errors(generator):
         gradient.square().sum().backward()
 
 
-# Skipping
-
-
-def spread(group, generator, num, side):
-    """Poses evenly spread over a cube, in the order of Morton's curve: [1, num, m, m]."""
-    where = group.random(1, num, generator=generator, dtype=torch.float64)
-    where[..., :-1, -1] = side * torch.rand(1, num, group.point_dim, generator=generator, dtype=torch.float64)
-    return where[:, morton_order(where[0], group)]
-
-
-def count_tiles(monkeypatch):
-    """A list that grows by one with each tile."""
-    tiles, norms = [], _tiled._Tiles.norms
-    monkeypatch.setattr(_tiled._Tiles, "norms", lambda *a, **k: tiles.append(1) or norms(*a, **k))
-    return tiles
-
-
-@pytest.mark.parametrize("how", ["self", "cross", "causal", "displaced", "masked"])
-@pytest.mark.parametrize("group", [SE2, SE3, Translation(3), Product(SO3, SE2)], ids=str)
-@pytest.mark.parametrize("share", [1e-2, 1e-6])
-def test_what_is_skipped_is_within_the_share(group, how, share, generator, monkeypatch):
-    tensors = problem(group, generator, num_queries=64, batch=1, displaced=how == "displaced")
-    if isinstance(group, Product):
-        parts = SO3.random(1, 64, generator=generator, dtype=torch.float64), spread(SE2, generator, 64, 40.0)
-        tensors["query"] = group.assemble(*parts)
-    else:
-        tensors["query"] = spread(group, generator, 64, 40.0)
-    if how == "cross":
-        tensors["key"] = tensors["query"].clone()[:, 5:]
-        tensors["value"] = tensors["value"][:, :, 5:]
-    options = {"causal": how == "causal"}
-    if how == "masked":
-        options["mask"] = torch.rand(1, 1, 1, 64, generator=generator) < 0.7
-    exact = attend("tiled", group, tensors, **options)
-    tiles = count_tiles(monkeypatch)
-    found = attend("tiled", group, tensors, skip=share, **options)
-    some = len(tiles)
-    error = (found["output"] - exact["output"]).abs().max()
-    values = tensors["value"]
-    assert error <= share * (values.amax() - values.amin())
-    for name, gradient in exact.items():
-        assert (found[name] - gradient).abs().max() <= 100 * share * gradient.abs().max().clamp(min=1), name
-    tiles.clear()
-    attend("tiled", group, tensors, **(options | {"mask": None}))
-    assert some < 0.9 * len(tiles) * (2 if how == "masked" else 1), "a mask costs the symmetry"
-
-
-@pytest.mark.parametrize("group", [SE2, SE3], ids=str)
-@pytest.mark.parametrize("displaced", [False, True])
-def test_far_from_the_origin_a_bound_is_still_one(group, displaced, generator, monkeypatch):
-    """In float32, 10⁵ away: no score of a tile is above what the boxes, here of one pose, promise."""
-    monkeypatch.setattr(_geometry.PairGeometry, "tile", 1)
-    where = spread(group, generator, 16, 4.0)
-    where[..., 0, -1] += 1e5
-    where = where.float()[:, None]
-    displacement = poses(group, H, generator=generator, wide=False).float() if displaced else None
-    pairs = _geometry.pair_geometry(group, "principal")
-    query, key = pairs.pack_query(where, displacement), pairs.pack_key(where)
-    key = key.expand(-1, query.shape[1], -1, -1)
-    scale, value = torch.full((H, len(group.blocks)), 50.0), torch.zeros(1, H, 16, D)
-    tiles = _tiled._Tiles(
-        query, key, scale, value, None, None, None, str(group), "principal", "error", False, False, False, 1e-3, False
-    )
-    for i, rows in enumerate(tiles.blocks(16)):
-        for j, columns in enumerate(tiles.blocks(16)):
-            highest = tiles.scores(tiles.norms(slice(0, 1), rows, columns)[0]).amax((1, 2))
-            assert (highest <= tiles.bounds[0, :, i, j] + 1e-6).all()
-
-
-def test_a_share_of_zero_is_exact_and_near_poses_are_never_skipped(generator):
-    tensors = problem(SE2, generator, num_queries=24)
-    expected = attend("tiled", SE2, tensors)
-    for share in (0.0, 1e-12):
-        found = attend("tiled", SE2, tensors, skip=share)
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
-
-
-def test_mortons_order_puts_neighbours_together(generator):
-    where = SE2.random(4096, generator=generator, dtype=torch.float64)
-    where[:, :2, 2] = torch.rand(4096, 2, generator=generator, dtype=torch.float64)
-    order = morton_order(where, SE2)
-    assert order.sort().values.equal(torch.arange(4096))
-    blocks = where[order, :2, 2].unflatten(0, (16, 256))
-    area = (blocks.amax(1) - blocks.amin(1)).prod(-1)
-    assert area.sum() < 2.5, "boxes of sixteen blocks; in random order each covers all"
-    assert torch.equal(morton_order(torch.stack([where, where.flip(0)]), SE2)[0], order)
-
-
-@pytest.mark.parametrize(
-    ("group", "options", "message"),
-    [
-        (SE2, {"skip": -0.1}, "at least 0 and below 1"),
-        (SO3, {"skip": 0.1}, "SO3 has no bound"),
-        (Aff2, {"skip": 0.1, "impl": "tiled"}, "Aff2 has no bound"),
-        (SE2, {"skip": 0.1, "impl": "reference"}, "only tiles can be skipped"),
-        (SE2, {"skip": 0.1, "content": True}, "content scores have no bound"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_skipped_says_so(group, options, message, generator):
-    tensors = problem(group, generator, content=options.pop("content", False))
-    with pytest.raises(ValueError, match=message):
-        lie_attention(**tensors, key=tensors["query"], group=group, **options)
-
-
-def test_rotations_have_no_order():
-    with pytest.raises(ValueError, match="SO3 has no translations"):
-        morton_order(torch.eye(3).expand(4, 3, 3), SO3)
-
-
 # As an operator of torch
 
 
-def operator_arguments(group, generator, *, cross=False, tangents=False, content=False):
+def operator_arguments(group, generator, *, cross=False, tangents=False, content=False, skip=0.0):
     tensors = problem(group, generator, num_keys=7 if cross else None, content=content)
     pairs = _geometry.pair_geometry(group, "principal", tangents)
     query = pairs.pack_query(tensors["query"][:, None], None).contiguous()
@@ -394,12 +240,12 @@ def operator_arguments(group, generator, *, cross=False, tangents=False, content
     scale = tensors["block_weights"] / tensors["temperature"][:, None]
     contents = (tensors["content_query"], tensors["content_key"]) if content else (None, None)
     leaves = [x if x is None else x.requires_grad_() for x in (query, key, scale, tensors["value"], *contents)]
-    return (*leaves, None, str(group), "principal", "error", False, True, tangents, 0.0, False)
+    return (*leaves, None, str(group), "principal", "error", False, True, tangents, skip, False)
 
 
 @pytest.mark.parametrize(
     "case",
-    [{}, {"cross": True}, {"content": True}, {"cross": True, "tangents": True}],
+    [{}, {"cross": True}, {"content": True}, {"cross": True, "tangents": True}, {"skip": 0.1}],
     ids=lambda c: " ".join(c) or "self",
 )
 def test_opcheck(case, generator):

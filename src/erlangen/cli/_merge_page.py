@@ -33,7 +33,11 @@ def layer_rows(record: MergeRecord) -> tuple[tuple[str, ...], list[tuple]]:
     """Headings, and a row a layer."""
     columns = ("Layer", "Alike in place", "Alike matched", "Heads moved", "Neurons moved")
     rows = zip(_cosines(record), record.heads_moved, record.neurons_moved)
-    return columns, [(str(number), *alike, heads, neurons) for number, (alike, heads, neurons) in enumerate(rows)]
+    found = [(str(number), *alike, heads, neurons) for number, (alike, heads, neurons) in enumerate(rows)]
+    if any(experts is not None for experts in record.experts):
+        columns = (*columns, "Experts moved")
+        found = [(*row, experts) for row, experts in zip(found, record.experts_moved)]
+    return columns, found
 
 
 def loss_rows(path: LossPath) -> tuple[tuple[str, ...], list[tuple]]:
@@ -72,11 +76,13 @@ def merge_summary(first: str, second: str, output: Path, record: MergeRecord) ->
     )
     moved, heads = sum(record.heads_moved), sum(map(len, record.heads))
     neurons = [number for number in record.neurons_moved if number is not None]
+    experts = [number for number in record.experts_moved if number is not None]
     if record.using != "none":
         frame = "" if record.frame == "same" else f" The residual stream was {record.frame} first."
+        mixtures = f", {sum(experts):,} experts" if experts else ""
         lines.append(
-            f"{moved:,} of {heads:,} heads and {sum(neurons):,} hidden neurons of `{second}` stand at another place "
-            f"now.{frame}"
+            f"{moved:,} of {heads:,} heads{mixtures} and {sum(neurons):,} hidden neurons of `{second}` stand at "
+            f"another place now.{frame}"
         )
     if record.output_difference is None:
         lines.append(f"The outputs of the moved model were not compared: {record.checked}.")

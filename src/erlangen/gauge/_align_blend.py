@@ -1,5 +1,6 @@
 """Between two layers in one form: the mean of what no gauge changes, and the way back into a model's own numbers."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from ._align_mlp import MLPForm, parts_of
 from ._fold import Heads, Reading, attention_maps, latent_readers, stream_readers, unseen_constants
 from ._unfold import Unfold, latent_gain, mean_of
 from ._weights import ReadWeights
-from .layout import HeadLayout, Layer
+from .layout import MLP, HeadLayout, Layer
 
 
 def mean_product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Tensor]:
@@ -267,29 +268,33 @@ def _unfold_readers(
 
 
 def mlp_tensors(
-    layer: Layer, own: ReadWeights, a: MLPForm, new: MLPForm, unfold: Unfold, scale: float, centred: bool, using: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Unfold]:
-    """The stored tensors of a feed-forward layer, the factors [features] with which they went back, and the norm.
+    mlp: MLP,
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    features: slice,
+    a: MLPForm,
+    new: MLPForm,
+    unfold: Unfold,
+    scale: float,
+    centred: bool,
+    using: str,
+) -> dict[str, Tensor]:
+    """Put hidden features of a feed-forward layer or expert as they are stored into its tensors, in place.
 
-    Arguments as of `attention_tensors`.
+    Args:
+        mlp: the layer or expert.
+        own: the tensors into whose gauge they go; of a stack, the matrix of this expert alone.
+        tensors: of the same names, to be written.
+        features: which those are of which there are forms.
+        a, new, unfold, scale, centred, using: as of `attention_tensors`.
+
+    Returns:
+        The factors [features] with which they went back, of each map.
     """
-    mlp = layer.mlp
-    assert mlp is not None
     factors, slope = a.back(new.slope)
-    tensors: dict[str, Tensor] = {}
-    if unfold.fold.ones and using != "permutation":
-        pieces = [
-            (new.rows[name] * factors[name][:, None], part.heads(own[part.weight])[0], None)
-            for name, part in parts_of(mlp).items()
-            if name != "down"
-        ]
-        unfold = unfold if unfold.carries(pieces) else unfold.plain
     for name, part in parts_of(mlp).items():
-        for tensor in (part.weight, part.bias_name):
-            if tensor is not None and tensor not in tensors:
-                tensors[tensor] = own[tensor].clone()
         rows, bias = new.rows[name] * factors[name][:, None], None
-        raw = part.heads(own[part.weight])[0]
+        raw = part.heads(own[part.weight])[0][features].double()
         if name in new.biased:
             rows, bias = rows[:, :-1], rows[:, -1]
         if using != "permutation":
@@ -299,9 +304,10 @@ def mlp_tensors(
                 rows = unfold.rows(rows, raw)
                 constant = unfold.constant(rows)
                 bias = bias if bias is None or constant is None else bias - constant
-        part.put_heads(tensors[part.weight], rows[None])
+        target = tensors[part.weight]
+        part.heads(target)[0][features] = rows.to(target.dtype)
         if bias is not None and part.bias_name is not None:
-            part.put_head_biases(tensors[part.bias_name], bias[None])
+            part.head_biases(tensors[part.bias_name])[0][features] = bias
     if mlp.down.bias_name is not None and new.down_bias is not None:
         bias = new.down_bias
         if using != "permutation":
@@ -310,7 +316,18 @@ def mlp_tensors(
                 bias = bias - unfold.bias
             bias = bias - bias.mean() if centred else bias
             bias = mean_of(bias, own[mlp.down.bias_name], centred)
-        tensors[mlp.down.bias_name] = bias
+        tensors[mlp.down.bias_name].copy_(bias)
     if mlp.slope is not None and slope is not None:
-        tensors[mlp.slope] = slope
-    return tensors, factors, unfold
+        tensors[mlp.slope][features] = slope
+    return factors
+
+
+def mlp_pieces(
+    mlp: MLP, own: Mapping[str, Tensor], features: slice, a: MLPForm, new: MLPForm
+) -> Iterator[tuple[Tensor, Tensor, None]]:
+    """What reads a norm, as of `Unfold.carries`; arguments as of `mlp_tensors`."""
+    factors, _ = a.back(new.slope)
+    for name, part in parts_of(mlp).items():
+        if name != "down":
+            rows = new.rows[name][:, :-1] if name in new.biased else new.rows[name]
+            yield rows * factors[name][:, None], part.heads(own[part.weight])[0][features].double(), None

@@ -1,5 +1,6 @@
 """A feed-forward layer in a form that only the order of its hidden features, and signs, are left of."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -7,10 +8,11 @@ from torch import Tensor
 
 from ._assignment import matching
 from ._fold import Frame, Reading, Writing
-from ._weights import ReadWeights, chunks
-from .layout import MLP, Layer
+from ._weights import chunks
+from .layout import MLP
 
-_LARGE = 2048  # hidden features beyond which similarities are computed in float32
+_LARGE = 2048  # hidden features beyond which similarities are computed in float32, and a part at a time
+_TILE = 512  # rows and columns of such a part
 _FLAT = 0.1  # slope below which a feature is not turned over: its inverse would be too large
 
 
@@ -45,46 +47,67 @@ class MLPForm:
     ones: bool = False
 
     @classmethod
-    def of(cls, layer: Layer, weights: ReadWeights, reading: Reading, writing: Writing, using: str) -> "MLPForm":
-        """The form of stored weights in float64; ``using`` as of `AttentionForm.of`."""
-        mlp, folds = layer.mlp, using != "permutation"
-        assert mlp is not None
+    def of(
+        cls,
+        mlp: MLP,
+        weights: Mapping[str, Tensor],
+        reading: Reading,
+        writing: Writing,
+        using: str,
+        *,
+        features: Tensor | None = None,
+        size: float = 1.0,
+        dtype: torch.dtype = torch.float64,
+    ) -> "MLPForm":
+        """The form of stored weights; ``using`` as of `AttentionForm.of`.
+
+        Args:
+            mlp: the layer, or an expert.
+            weights: its tensors as they are stored; of a stack, the matrix of this expert alone will do.
+            features: int64, those that are wanted; None: all.
+            size: what the output is divided by.
+            dtype: of the rows, which are made in float64.
+        """
+        folds = using != "permutation"
+        features = torch.arange(mlp.up.width) if features is None else features
         rows: dict[str, Tensor] = {}
         biased = []
         for name, part in parts_of(mlp).items():
-            raw = part.heads(weights[part.weight])[0]
-            if name == "down":
-                rows[name] = writing.rows(raw) if folds else raw
-                continue
-            new = reading.rows(raw) if folds else raw
-            if part.bias_name is not None:
-                bias = part.head_biases(weights[part.bias_name])[0]
-                constant = reading.constant(raw) if folds else None
-                bias = bias if constant is None else bias + constant
-                new = torch.cat([new, bias[:, None]], dim=1)
+            raw, bias = part.heads(weights[part.weight])[0], None
+            if name != "down" and part.bias_name is not None:
+                bias = part.head_biases(weights[part.bias_name])[0][features].double()
                 biased.append(name)
-            rows[name] = new
+            rows[name] = torch.empty(len(features), raw.shape[1] + (bias is not None), dtype=dtype)
+            for piece in chunks(*rows[name].shape):
+                old = raw[features[piece]].double()
+                new = old if not folds else writing.rows(old) if name == "down" else reading.rows(old)
+                if bias is not None:
+                    constant = reading.constant(old) if folds else None
+                    column = bias[piece] if constant is None else bias[piece] + constant
+                    new = torch.cat([new, column[:, None]], dim=1)
+                rows[name][piece] = new.to(dtype)
         down_bias = None if mlp.down.bias_name is None else weights[mlp.down.bias_name].double()
         if down_bias is not None and folds:
             if reading.fold.kind == "after" and reading.bias is not None:
                 down_bias = down_bias + reading.bias
             down_bias = writing.rows(down_bias)
-        slope = None if mlp.slope is None else weights[mlp.slope].double()
-        ones = torch.ones(mlp.up.width, dtype=torch.float64)
+        slope = None if mlp.slope is None else weights[mlp.slope].double()[features]
+        ones = torch.ones(len(features), dtype=torch.float64)
         form = cls(mlp, rows, frozenset(biased), slope, down_bias, folds and mlp.gate is not None)
         form.ones = folds and reading.fold.ones
         form.factors = dict.fromkeys(rows, ones)
         form.balance = dict.fromkeys(rows, ones)
         if using == "gauge":
             form._turn_over()
-            out = layer.mlp_out_norm
-            if out is not None and out.eps == 0:
-                form._take_size()
+            if size != 1:
+                form.size = size
+                rows["down"].div_(size)
+                form.down_bias = None if form.down_bias is None else form.down_bias / size
             form._balance()
         return form
 
     def _multiply(self, name: str, factor: Tensor) -> None:
-        self.rows[name] = self.rows[name] * factor[:, None]
+        self.rows[name].mul_(factor[:, None])
         self.factors[name] = self.factors[name] * factor
 
     def _turn_over(self) -> None:
@@ -102,7 +125,7 @@ class MLPForm:
         if mlp.gate is None and not mlp.homogeneous:
             return
         names = ["up", "down", "gate"] if mlp.gate is not None and mlp.homogeneous else ["up", "down"]
-        sizes = {name: self.rows[name].norm(dim=1) for name in names}
+        sizes = {name: self.rows[name].norm(dim=1).double() for name in names}
         product = torch.stack(list(sizes.values())).prod(dim=0)
         alive = product > 0
         goal = product ** (1 / len(names))
@@ -111,30 +134,21 @@ class MLPForm:
             self._multiply(name, factor)
             self.balance[name] = factor
 
-    def _take_size(self) -> None:
+    def strengths(self) -> Tensor:
+        """[features]: products of the sizes of the rows, but for a gate that no scale goes through."""
         sizes = [rows.norm(dim=1) for name, rows in self.rows.items() if name != "gate" or self.mlp.homogeneous]
-        self.size = torch.stack(sizes).prod(dim=0).norm().item() or 1.0
-        self.rows["down"] = self.rows["down"] / self.size
-        if self.down_bias is not None:
-            self.down_bias = self.down_bias / self.size
+        return torch.stack(sizes).prod(dim=0)
 
     def stream_rows(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The columns that a frame of the residual stream turns, and what stands on their mean besides."""
-        rows = self.rows[name][:, : self.rows["down"].shape[1]]
-        if not self.ones or name == "down":
-            return rows, None
-        constant = rows.mean(dim=1, keepdim=True)
-        return rows - constant, constant
+        return apart(self.rows[name], self.rows["down"].shape[1], self.ones and name != "down")
 
     def in_frame(self, frame: Frame) -> "MLPForm":
         """The same in another frame of the residual stream."""
         if frame.same:
             return self
-        rows = {}
-        for name, values in self.rows.items():
-            turned, constant = self.stream_rows(name)
-            turned = frame.apply(turned) if constant is None else frame.apply(turned) + constant
-            rows[name] = torch.cat([turned, values[:, turned.shape[1] :]], dim=1)
+        dim = self.rows["down"].shape[1]
+        rows = {name: in_frame(values, dim, self.ones and name != "down", frame) for name, values in self.rows.items()}
         bias = None if self.down_bias is None else frame.apply(self.down_bias)
         return replace(self, rows=rows, down_bias=bias)
 
@@ -163,6 +177,33 @@ class MLPForm:
         return factors, slope
 
 
+def apart(rows: Tensor, dim: int, ones: bool) -> tuple[Tensor, Tensor | None]:
+    """The columns [.., dim] of rows that a frame of the residual stream turns, and what stands on their mean besides.
+
+    Args:
+        rows: [.., dim], or with a bias as one more column.
+        dim: width of the residual stream.
+        ones: as of `MLPForm`.
+    """
+    rows = rows[:, :dim]
+    if not ones:
+        return rows, None
+    constant = rows.mean(dim=1, keepdim=True)
+    return rows - constant, constant
+
+
+def in_frame(rows: Tensor, dim: int, ones: bool, frame: Frame) -> Tensor:
+    """The same rows in another frame of the residual stream; arguments as of `apart`."""
+    if frame.same:
+        return rows
+    new = torch.empty_like(rows)
+    for part in chunks(*rows.shape):
+        turned, constant = apart(rows[part].double(), dim, ones)
+        turned = frame.apply(turned) if constant is None else frame.apply(turned) + constant
+        new[part, :dim], new[part, dim:] = turned.to(rows.dtype), rows[part, dim:]
+    return new
+
+
 def parts_of(mlp: MLP) -> dict:
     """The maps of a feed-forward layer by name."""
     named = (("up", mlp.up), ("gate", mlp.gate), ("down", mlp.down))
@@ -185,7 +226,10 @@ class NeuronMatch:
 
 
 def _weight(a: MLPForm, b: MLPForm) -> float:
-    sizes = [sum(rows.square().sum().item() for rows in form.rows.values()) for form in (a, b)]
+    sizes = [
+        sum(torch.linalg.vector_norm(rows, dtype=torch.float64).item() ** 2 for rows in form.rows.values())
+        for form in (a, b)
+    ]
     return 1 / (sizes[0] * sizes[1]) ** 0.5 if min(sizes) > 0 else 0.0
 
 
@@ -197,7 +241,10 @@ def _likeness(products: dict[str, Tensor], signs: bool) -> Tensor:
 
 def settled(a: MLPForm, b: MLPForm, order: Tensor) -> NeuronMatch:
     """An order with its best signs, and the value reached."""
-    products = {name: (rows * b.rows[name][order]).sum(dim=1) for name, rows in a.rows.items()}
+    products = {name: torch.empty(len(order), dtype=torch.float64) for name in a.rows}
+    for name, rows in a.rows.items():
+        for part in chunks(*rows.shape):
+            products[name][part] = (rows[part].double() * b.rows[name][order[part]].double()).sum(dim=1)
     sign = torch.ones_like(products["up"])
     if a.signs:
         sign = torch.where(products["up"] + products["down"] < 0, -1.0, 1.0).double()
@@ -214,18 +261,57 @@ def match_neurons(a: MLPForm, b: MLPForm, start: NeuronMatch | None = None) -> N
     match = settled(a, b, torch.arange(features) if start is None else start.order)
     if a.mlp.activation == "prelu" and a.slope is None:
         return match  # their slopes are not described, and would stay behind
-    dtype = torch.float64 if features <= _LARGE else torch.float32
-    similarity = torch.empty(features, features, dtype=dtype)
-    casted = {name: rows.to(dtype) for name, rows in b.rows.items()}
-    for part in chunks(features, features):
-        products = {name: rows[part].to(dtype) @ casted[name].mT for name, rows in a.rows.items()}
-        similarity[part] = _likeness(products, a.signs)
-    found = settled(a, b, matching(similarity))
+    found = settled(a, b, _best_order(a, b, features))
     return found if found.value > match.value else match
 
 
-def frame_overlap(a: MLPForm, b: MLPForm) -> Tensor:
+def _best_order(a: MLPForm, b: MLPForm, features: int) -> Tensor:
+    """As `_assignment.matching` of the similarities, of which no more than `_LARGE` rows and columns are made at once.
+
+    What chooses each other of all that is left is taken in turn, until so few are left.
+    """
+    order = torch.full((features,), -1, dtype=torch.int64)
+    rows = columns = torch.arange(features)
+    while len(rows) > _LARGE:
+        best, back = torch.empty_like(rows), torch.zeros_like(columns)
+        highest = torch.full((len(columns),), -torch.inf)
+        for start in range(0, len(rows), _TILE):
+            similarity = torch.cat(
+                [_similarity(a, b, rows[start : start + _TILE], part) for part in columns.split(_TILE)], dim=1
+            )
+            best[start : start + _TILE] = similarity.argmax(dim=1)
+            peak, place = similarity.max(dim=0)
+            back = torch.where(peak > highest, place + start, back)
+            highest = torch.maximum(peak, highest)
+        mutual = back[best] == torch.arange(len(rows))
+        if not mutual.any():
+            break
+        order[rows[mutual]] = columns[best[mutual]]
+        left = torch.ones(len(columns), dtype=torch.bool)
+        left[best[mutual]] = False
+        rows, columns = rows[~mutual], columns[left]
+    if len(rows) > _LARGE:  # only ties are left
+        order[rows] = columns
+    elif len(rows):
+        order[rows] = columns[matching(torch.cat([_similarity(a, b, part, columns) for part in rows.split(_TILE)]))]
+    return order
+
+
+def _similarity(a: MLPForm, b: MLPForm, rows: Tensor, columns: Tensor) -> Tensor:
+    """Likeness of features of a with features of b; of large layers in float32."""
+    dtype = torch.float64 if a.mlp.up.width <= _LARGE else torch.float32
+    products = {name: values[rows].to(dtype) @ b.rows[name][columns].to(dtype).mT for name, values in a.rows.items()}
+    return _likeness(products, a.signs)
+
+
+def frame_overlap(a: MLPForm, b: MLPForm, match: NeuronMatch) -> Tensor:
     """[dim, dim]: Σ Bᵀ A over the rows of a and of the matched b."""
     dim = a.rows["down"].shape[1]
-    pairs = [(a.stream_rows(name)[0], b.stream_rows(name)[0]) for name in a.rows]
-    return _weight(a, b) * sum((two.mT @ one for one, two in pairs), torch.zeros(dim, dim, dtype=torch.float64))
+    total = torch.zeros(dim, dim, dtype=torch.float64)
+    for name, rows in a.rows.items():
+        for part in chunks(*rows.shape):
+            one, two = rows[part].double(), b.rows[name][match.order[part]].double()
+            two = two if name == "gate" else two * match.sign[part, None]
+            one, two = (apart(values, dim, a.ones and name != "down")[0] for values in (one, two))
+            total += two.mT @ one
+    return _weight(a, b) * total

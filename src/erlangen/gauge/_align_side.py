@@ -1,24 +1,28 @@
 """One of two models that are brought together: its weights as they are read, folded, in form."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ._align_experts import ExpertsForm, experts_form
 from ._align_heads import AttentionForm
 from ._align_mlp import MLPForm
 from ._canonical_record import finite
 from ._canonical_residual import Embeddings, embeddings_of, residual_scale
+from ._experts import maps_of
 from ._fold import Fold, Frame, Plan, Reading, Writing, attention_maps, plan
 from ._unfold import mean_of
 from ._weights import ReadWeights, chunks
-from .layout import Layer, ModelLayout, Projection
+from .layout import MLP, Layer, ModelLayout, Projection
 
 Using = Literal["gauge", "orthogonal", "permutation", "none"]
 USING: tuple[Using, ...] = ("gauge", "orthogonal", "permutation", "none")
 Progress = Callable[[int, int], None]
+_PART = 512  # hidden features at a time
 
 
 class _OnCPU:
@@ -50,6 +54,13 @@ class _OnCPU:
             found = self._last[1][first:last]
         return finite(found.detach().cpu(), name)
 
+    def matrix(self, part: Projection) -> Tensor:
+        """The matrix of a map; of a stack, no more than that is read."""
+        if part.stack is None:
+            return self[part.weight]
+        rows = self.rows(part.weight, part.stack, part.stack + 1)[0]
+        return rows.double() if self._double else rows
+
     def shape(self, name: str) -> torch.Size:
         return self._weights.shape(name)
 
@@ -57,24 +68,9 @@ class _OnCPU:
         return self._weights.dtype(name)
 
 
-def _without_experts(layout: ModelLayout, steps: Plan) -> Plan:
-    """Mixtures of experts, and what they read and write, are left as they are stored."""
-    if all(layer.experts is None for layer in layout.layers):
-        return steps
-    layers = []
-    for layer, step in zip(layout.layers, steps.layers):
-        if layer.experts is not None:
-            kept = Fold(step.mlp.norm)
-            attention = kept if step.attention == step.mlp else step.attention  # one norm of both branches
-            step = replace(step, attention=attention, mlp=kept, mlp_centred=False)
-        layers.append(step)
-    reason = "a mixture of experts reads and writes it"
-    return replace(steps, layers=tuple(layers), residual_scale=False, rotations="none", reason=reason)
-
-
 def steps_of(layout: ModelLayout, using: Using) -> Plan:
     """What may be folded, and which frames are free: without folding, only orders of coordinates."""
-    steps = _without_experts(layout, plan(layout))
+    steps = plan(layout)
     if using in ("gauge", "orthogonal"):
         return steps
     layers = tuple(
@@ -150,13 +146,69 @@ class Side:
         writing = Writing(step.attention_centred, Frame(), self.writing_scale(layer, 0, reading))
         return AttentionForm.of(layer, self.weights, reading, writing, self.form_using, dtype)
 
-    def mlp_form(self, number: int) -> MLPForm | None:
-        """Of the feed-forward part of one layer, in the model's own frame; None for experts."""
+    def stored_parts(self, mlp: MLP) -> dict[str, Tensor]:
+        """The tensors of a feed-forward layer or an expert by name: matrices as stored, the rest in float64."""
+        found = {}
+        for part in maps_of(mlp).values():
+            found[part.weight] = finite(self.stored.matrix(part), part.weight)
+            if part.bias_name is not None:
+                found[part.bias_name] = self.weights[part.bias_name]
+        if mlp.slope is not None:
+            found[mlp.slope] = self.weights[mlp.slope]
+        return found
+
+    def form_of(self, number: int, mlp: MLP) -> Callable[..., MLPForm]:
+        """What makes forms, in the model's own frame, of stored parts of a layer or expert; takes options of `MLPForm`.
+
+        Args:
+            number: of the layer.
+            mlp: its feed-forward part, or one of its experts.
+        """
         layer, step, reading = self.layout.layers[number], self.steps.layers[number], self.readings(number)[1]
-        if layer.mlp is None:
-            return None
         writing = Writing(step.mlp_centred, Frame(), self.writing_scale(layer, 1, reading))
-        return MLPForm.of(layer, self.weights, reading, writing, self.form_using)
+
+        def make(stored: Mapping[str, Tensor], **options: Any) -> MLPForm:
+            return MLPForm.of(mlp, stored, reading, writing, self.form_using, **options)
+
+        norm = layer.mlp_out_norm
+        if norm is None or norm.eps != 0 or layer.mlp is None or self.form_using != "gauge":
+            return make
+        stored, squares = self.stored_parts(mlp), 0.0
+        for features in torch.arange(mlp.up.width).split(_PART):
+            squares += make(stored, features=features).strengths().square().sum().item()
+        return partial(make, size=squares**0.5 or 1.0)
+
+    def mlp_form(self, number: int, dtype: torch.dtype = torch.float64) -> MLPForm | None:
+        """Of the feed-forward part of one layer, in the model's own frame; None for experts."""
+        mlp = self.layout.layers[number].mlp
+        return None if mlp is None else self.form_of(number, mlp)(self.stored_parts(mlp), dtype=dtype)
+
+    def experts_form(self, number: int, keep: bool = False, dtype: torch.dtype = torch.float64) -> ExpertsForm | None:
+        """Of the mixture of experts of one layer, in the model's own frame; None where there is none.
+
+        Args:
+            number: of the layer.
+            keep: whether forms of its experts stay in memory.
+            dtype: of their rows.
+        """
+        experts, reading = self.layout.layers[number].experts, self.readings(number)[1]
+        if experts is None:
+            return None
+        router, folds = experts.router, self.form_using != "permutation"
+
+        def load(expert: int | None) -> MLPForm:
+            mlp = experts.shared if expert is None else experts.experts[expert]
+            assert mlp is not None
+            return self.form_of(number, mlp)(self.stored_parts(mlp), dtype=dtype)
+
+        raw = router.heads(self.weights[router.weight])[0]
+        rows = reading.rows(raw) if folds else raw
+        bias = None if router.bias_name is None else router.head_biases(self.weights[router.bias_name])[0]
+        if bias is not None and folds:
+            constant = reading.constant(raw)
+            bias = bias if constant is None else bias + constant
+        stored, ones = self.stored.dtype(router.weight), folds and reading.fold.ones
+        return experts_form(experts, rows, bias, stored, load, folds=folds, ones=ones, keep=keep)
 
     @property
     def form_using(self) -> str:

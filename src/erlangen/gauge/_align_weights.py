@@ -1,8 +1,9 @@
-"""What belongs to what in two models: heads, hidden features, and the frame of the residual stream.
+"""What belongs to what in two models: heads, hidden features, experts, and the frame of the residual stream.
 
 A model b is brought to a model a in forms of which only orthogonal freedom is left (`_align_heads`, `_align_mlp`). The
 search goes in turn over heads, hidden features and the frame of the residual stream, and each of these steps takes the
-best there is with the others fixed: the sum of inner products never falls.
+best there is with the others fixed: the sum of inner products never falls. Experts are matched by their scores and by
+what they are as maps, before their features are (`_align_experts`); a match that brings less is not taken.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import _align_attention, _align_mlp
 from ._align_attention import match_attention
+from ._align_experts import ExpertsForm, ExpertsMatch, match_experts
 from ._align_heads import AttentionForm, AttentionMatch
 from ._align_mlp import MLPForm, NeuronMatch, match_neurons
 from ._align_side import Progress, Side, Using, pairs_of_rows, unembedding_rows
@@ -22,7 +24,6 @@ from ._canonical_residual import mean_free_basis
 from ._fold import Frame
 from ._weights import chunks, give_back
 from .comparison import NEAR
-from .layout import ModelLayout
 
 _KEPT = 1 << 25  # numbers of two models up to which their forms stay in memory between rounds
 _SETTLED = 1e-7  # share of the objective below which a round has brought nothing
@@ -99,6 +100,7 @@ class Matching:
         frame: of the residual streams: "same", "turned" or "permuted".
         heads: of each layer, int64 [num_heads]: head of the second model that belongs to each of the first.
         neurons: of each layer, int64 [features] likewise; None for experts.
+        experts: of each layer, the same for a mixture of experts; None where there is none.
         head_similarity: of each layer, [num_heads, num_heads]: cosines of the products of every head of the first with
             every one of the second, in one frame.
         similarity: the objective after each round; it never falls.
@@ -114,6 +116,7 @@ class Matching:
     head_similarity: tuple[Tensor, ...]
     similarity: tuple[float, ...]
     notes: tuple[str, ...]
+    experts: tuple[ExpertsMatch | None, ...]
     residual: Frame = field(default_factory=Frame, repr=False)
     latents: tuple[dict[str, Tensor], ...] = field(default=(), repr=False)
 
@@ -125,8 +128,13 @@ class _Forms:
         self.a, self.b = a, b
         size = 2 * sum(a.stored.shape(name).numel() for name in a.layout.tensor_shapes())
         self._keep = size <= _KEPT
+        # Of large models, forms of hidden features wait in float32 where that is what is stored; only orders and the
+        # frame are found from them.
+        whole = any(side.stored.dtype(name) == torch.float64 for side in (a, b) for name in a.layout.tensor_shapes())
+        self._dtype = torch.float64 if self._keep or whole else torch.float32
         self._attention: dict[int, tuple[AttentionForm, AttentionForm]] = {}
         self._mlp: dict[int, tuple[MLPForm | None, MLPForm | None]] = {}
+        self._experts: dict[int, tuple[ExpertsForm | None, ExpertsForm | None]] = {}
 
     def attention(self, number: int) -> tuple[AttentionForm, AttentionForm]:
         """Of the attention of one layer."""
@@ -141,9 +149,19 @@ class _Forms:
         """Of the feed-forward part of one layer."""
         found = self._mlp.get(number)
         if found is None:
-            found = self.a.mlp_form(number), self.b.mlp_form(number)
+            found = self.a.mlp_form(number, self._dtype), self.b.mlp_form(number, self._dtype)
             if self._keep:
                 self._mlp[number] = found
+        return found
+
+    def experts(self, number: int) -> tuple[ExpertsForm | None, ExpertsForm | None]:
+        """Of the mixture of experts of one layer."""
+        found = self._experts.get(number)
+        if found is None:
+            options = number, self._keep, self._dtype
+            found = self.a.experts_form(*options), self.b.experts_form(*options)
+            if self._keep:
+                self._experts[number] = found
         return found
 
 
@@ -171,6 +189,7 @@ def match(a: Side, b: Side, rounds: int, progress: Progress | None) -> Matching:
     forms = _Forms(a, b)
     attention: list[AttentionMatch | None] = [None] * number
     neurons: list[NeuronMatch | None] = [None] * number
+    experts: list[ExpertsMatch | None] = [None] * number
     likeness: list[Tensor] = []
     history: list[float] = []
     for turn in range(rounds):
@@ -179,11 +198,11 @@ def match(a: Side, b: Side, rounds: int, progress: Progress | None) -> Matching:
             if using == "none":
                 attention[layer] = AttentionMatch(torch.arange(layout.layers[layer].attention.num_heads))
             else:
-                parts = (
-                    _match_attention_of(forms, layer, frame, attention, overlap if free else None),
-                    _match_neurons_of(forms, layer, frame, neurons, overlap if free else None),
-                )
-                total += sum(parts)
+                added = overlap if free else None
+                total += _match_attention_of(forms, layer, frame, attention, added)
+                give_back()
+                total += _match_neurons_of(forms, layer, frame, neurons, added)
+                total += _match_experts_of(forms, layer, frame, experts, added)
             if progress is not None:
                 progress(turn * number + layer + 1, rounds * number)
             give_back()
@@ -200,17 +219,21 @@ def match(a: Side, b: Side, rounds: int, progress: Progress | None) -> Matching:
     for layer in range(number):
         one, two = forms.attention(layer)
         likeness.append(_align_attention.head_similarity(one, two.in_frame(frame)))
+        give_back()
         if using == "gauge":
             for which, form in (("first", one), ("second", two)):
                 notes += [f"Layer {layer} of the {which} model: {sentence}." for sentence in form.low_rank]
     if using != "none":
-        notes += _left_out(layout)
+        notes += _left_out(b, forms)
     orders: list[Tensor | None] = []
     for layer, found_mlp in zip(layout.layers, neurons):
         if found_mlp is None:
             orders.append(None if layer.mlp is None else torch.arange(layer.mlp.up.width))
         else:
             orders.append(found_mlp.order)
+    for layer, mixture in enumerate(layer.experts for layer in layout.layers):
+        if mixture is not None and experts[layer] is None:
+            experts[layer] = ExpertsMatch.in_place(mixture)
     return Matching(
         using=using,
         frame=kind,
@@ -219,6 +242,7 @@ def match(a: Side, b: Side, rounds: int, progress: Progress | None) -> Matching:
         head_similarity=tuple(likeness),
         similarity=tuple(history),
         notes=tuple(notes),
+        experts=tuple(experts),
         residual=frame,
         latents=tuple(found.latents for found in attention if found is not None),
     )
@@ -246,7 +270,19 @@ def _match_neurons_of(
     new = match_neurons(one, two.in_frame(frame), found[layer])
     found[layer] = new
     if overlap is not None:
-        overlap += _align_mlp.frame_overlap(one, two.moved_by(new)).mT
+        overlap += _align_mlp.frame_overlap(one, two, new).mT
+    return new.value
+
+
+def _match_experts_of(
+    forms: _Forms, layer: int, frame: Frame, found: list[ExpertsMatch | None], overlap: Tensor | None
+) -> float:
+    """Match the experts of a layer likewise."""
+    one, two = forms.experts(layer)
+    if one is None or two is None:
+        return 0.0
+    new = match_experts(one, two, frame, found[layer], overlap)
+    found[layer] = new
     return new.value
 
 
@@ -262,13 +298,17 @@ def _is_turned(a: Side, b: Side, frame: Frame, before: float) -> bool:
     return (difference / size) ** 0.5 < before / 2 if size else False
 
 
-def _left_out(layout: ModelLayout) -> list[str]:
+def _left_out(b: Side, forms: _Forms) -> list[str]:
     """What is not matched, in sentences."""
     notes = []
-    for number, layer in enumerate(layout.layers):
-        if layer.mlp is None:
-            notes.append(f"Layer {number}: its mixture of experts is left as it is stored; experts are not matched.")
-        elif layer.mlp.activation == "prelu" and layer.mlp.slope is None:
+    for number, layer in enumerate(b.layout.layers):
+        mixture = forms.experts(number)[1]
+        if mixture is not None and mixture.fixed:
+            notes.append(
+                f"Layer {number}: experts keep their order, for some of the second model's have the same scores, and "
+                "the first of them is taken."
+            )
+        if layer.mlp is not None and layer.mlp.activation == "prelu" and layer.mlp.slope is None:
             notes.append(f"Layer {number}: hidden features keep their order, for their slopes are not described.")
         attention = layer.attention
         plain = attention.rotary_dim < attention.head_dim

@@ -1,16 +1,17 @@
 """What lies between two models whose parts are matched, written in the gauge of the first, a layer at a time."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _align_attention, _align_mlp
-from ._align_blend import attention_tensors, blend_attention, blend_mlp, mlp_tensors
+from ._align_blend import attention_tensors, blend_attention, blend_mlp, mlp_pieces, mlp_tensors
+from ._align_experts import places
 from ._align_heads import AttentionForm, AttentionMatch, kv_heads
-from ._align_mlp import parts_of
+from ._align_mlp import MLPForm, NeuronMatch, parts_of
 from ._align_side import Progress, Side, pairs_of_rows, unembedding_rows
 from ._align_weights import Matching
 from ._canonical_heads import _BY_QUERY, _SHARED
@@ -18,7 +19,9 @@ from ._canonical_record import Record
 from ._fold import Fold, Frame, Reading, Writing, attention_maps, latent_readers, stored_gain
 from ._unfold import Unfold
 from ._weights import chunks, give_back
-from .layout import Layer, Norm, Projection
+from .layout import MLP, Layer, Norm, Projection
+
+_MANY = 1 << 20  # numbers of a tensor that is large
 
 
 class _Once:
@@ -62,6 +65,7 @@ def write(
                 record.keep(f"residual.{name}", tensor)
     for name in a.tables:
         _write_table(a, b, name, frame, weight, written, record)
+    give_back()
     for number in range(len(layout.layers)):
         _write_layer(a, b, number, weight, matching, written, record, notes)
         if progress is not None:
@@ -79,7 +83,7 @@ def _between(a: Tensor, b: Tensor, weight: float) -> Tensor:
 def _write_table(
     a: Side, b: Side, name: str, frame: Frame, weight: float, written: _Once, record: Record | None
 ) -> None:
-    new = torch.empty(a.stored.shape(name), dtype=_wide(a, name))
+    new = torch.empty(a.stored.shape(name), dtype=_wide((a.stored.shape(name), a.stored.dtype(name))))
     for part, (one, two) in zip(chunks(*new.shape), pairs_of_rows(a, b, name)):
         new[part] = a.table_tensor(name, part, _between(one, frame.apply(two), weight)).to(new.dtype)
     written.put({name: new})
@@ -90,9 +94,10 @@ def _write_table(
         record.maps[name] = {"weight": name, "bias": None, "transposed": True, "slices": [], "writes": writes}
 
 
-def _wide(a: Side, name: str) -> torch.dtype:
-    """Tables may be large: in float32 where both models store no more."""
-    return a.stored.dtype(name) if a.stored.dtype(name) == torch.float32 else torch.float64
+def _wide(stored: Tensor | tuple[torch.Size, torch.dtype]) -> torch.dtype:
+    """Of what is written: float64; of large tensors float32, where no more is stored."""
+    shape, dtype = (stored.shape, stored.dtype) if isinstance(stored, Tensor) else stored
+    return torch.float64 if shape.numel() < _MANY else torch.promote_types(dtype, torch.float32)
 
 
 def _write_layer(
@@ -178,46 +183,193 @@ def _write_mlp(
     other: Reading,
     wanted: Unfold,
 ) -> None:
-    layer, step, order = a.layout.layers[number], a.steps.layers[number], matching.neurons[number]
-    one, two = a.mlp_form(number), b.mlp_form(number)
-    if one is None or two is None or layer.mlp is None or order is None:
-        parts = [*layer.feed_forward_readers, *(mlp.down for mlp in layer.feed_forward)]
-        for name in dict.fromkeys(name for part in parts for name in (part.weight, part.bias_name) if name is not None):
-            written.put({name: _stored_between(a, b, name, weight)})
+    layer, order, frame = a.layout.layers[number], matching.neurons[number], matching.residual
+    if layer.mlp is None or order is None:
+        _write_mixture(a, b, number, weight, matching, written, record, notes, reading, other, wanted)
         return
-    two = two.in_frame(matching.residual)
-    settled = _align_mlp.settled(one, two, order)
-    moved = two.moved_by(settled)
-    two.let_go()
-    new = blend_mlp(one, moved, weight)
-    one.let_go()
-    del moved
-    scale = a.writing_scale(layer, 1, reading)
-    tensors, factors, unfold = mlp_tensors(layer, a.weights, one, new, wanted, scale, step.mlp_centred, a.form_using)
-    new.let_go()
+    between = _FeedForward.of(a, b, number, layer.mlp, layer.mlp, order, frame, weight)
+    unfold = _carried(wanted, between.readers(), a.form_using)
+    tensors = between.tensors(unfold)
     written.put(tensors)
+    del tensors
     _put_norm(unfold, wanted, written, notes)
-    if record is None:
-        return
-    their_scale = b.writing_scale(layer, 1, other) * two.size / (scale * one.size)
-    for name, part in parts_of(layer.mlp).items():
-        sign = settled.sign if name != "gate" else torch.ones_like(settled.sign)
-        record.slices(part, name, {"scale": factors[name] * sign * two.factors[name][order], "order": order})
-        if name == "down":
-            record.writes(part, Writing(step.mlp_centred, matching.residual, their_scale))
-        else:
-            _record_reading(record, part, other, unfold)
+    if record is not None:
+        between.note(record, other, unfold)
 
 
-def _stored_between(a: Side, b: Side, name: str, weight: float) -> Tensor:
-    """A tensor of experts as it is stored, one matrix of a stack after the other."""
-    one, two = a.stored[name], b.stored[name]
-    if one.ndim < 3:
-        return _between(one.double(), two.double(), weight)
-    new = torch.empty_like(one)
-    for place, (first, second) in enumerate(zip(one, two)):
-        new[place] = _between(first.double(), second.double(), weight)
-    return new
+def _carried(unfold: Unfold, pieces: Iterable[tuple[Tensor, Tensor, Tensor | None]], using: str) -> Unfold:
+    """How a norm that is read is put back: with ones, where its bias would carry constants badly."""
+    if not unfold.fold.ones or using == "permutation":
+        return unfold
+    return unfold if unfold.carries(pieces) else unfold.plain
+
+
+@dataclass
+class _FeedForward:
+    """A feed-forward layer or expert between two models whose features are matched, some features at a time.
+
+    Attributes:
+        a, b, number: the models, and the layer.
+        mlp, theirs: the layer or expert of the first model, and that of the second.
+        order: int64 [features], of the second at each place.
+        frame: of the second residual stream.
+        weight: of the second.
+        own, other: tensors of both as they are stored.
+        forms: what makes forms of them.
+        scales: what is divided out of what each writes.
+        factors: map -> [features], by which rows of the second came to be those that are stored; once written.
+    """
+
+    a: Side
+    b: Side
+    number: int
+    mlp: MLP
+    theirs: MLP
+    order: Tensor
+    frame: Frame
+    weight: float
+    own: dict[str, Tensor]
+    other: dict[str, Tensor]
+    forms: tuple[Callable[..., MLPForm], Callable[..., MLPForm]]
+    scales: tuple[float, float] = (1.0, 1.0)
+    factors: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, a: Side, b: Side, number: int, mlp: MLP, theirs: MLP, order: Tensor, frame: Frame, weight: float
+    ) -> "_FeedForward":
+        layer = a.layout.layers[number]
+        scales = tuple(side.writing_scale(layer, 1, side.readings(number)[1]) for side in (a, b))
+        forms = a.form_of(number, mlp), b.form_of(number, theirs)
+        own, other = a.stored_parts(mlp), b.stored_parts(theirs)
+        return cls(a, b, number, mlp, theirs, order, frame, weight, own, other, forms, (scales[0], scales[1]))
+
+    def _pieces(self) -> Iterator[tuple[slice, MLPForm, MLPForm, MLPForm, NeuronMatch]]:
+        """Which features; their forms in the first and in the second model, between both, and the signs."""
+        dim = self.a.layout.dim
+        for part in chunks(self.mlp.up.width, dim):
+            first = self.forms[0](self.own, features=torch.arange(part.start, part.stop))
+            second = self.forms[1](self.other, features=self.order[part]).in_frame(self.frame)
+            match = _align_mlp.settled(first, second, torch.arange(part.stop - part.start))
+            yield part, first, second, blend_mlp(first, second.moved_by(match), self.weight), match
+
+    def readers(self) -> Iterator[tuple[Tensor, Tensor, None]]:
+        """What reads a norm, as of `Unfold.carries`."""
+        for part, first, _, new, _ in self._pieces():
+            yield from mlp_pieces(self.mlp, self.own, part, first, new)
+
+    def tensors(self, unfold: Unfold) -> dict[str, Tensor]:
+        """As they are to be stored; after it the stored ones are forgotten."""
+        step, using, factors = self.a.steps.layers[self.number], self.a.form_using, dict[str, list[Tensor]]()
+        sizes = 1.0, 1.0
+        tensors = {name: own.to(_wide(own), copy=True) for name, own in self.own.items()}
+        for part, first, second, new, match in self._pieces():
+            back = mlp_tensors(
+                self.mlp, self.own, tensors, part, first, new, unfold, self.scales[0], step.mlp_centred, using
+            )
+            for name, factor in back.items():
+                sign = 1.0 if name == "gate" else match.sign
+                factors.setdefault(name, []).append(factor * sign * second.factors[name])
+            sizes = first.size, second.size
+        self.scales = self.scales[0] * sizes[0], self.scales[1] * sizes[1]
+        self.factors = {name: torch.cat(found) for name, found in factors.items()}
+        self.own, self.other = {}, {}
+        return tensors
+
+    def note(self, record: Record, reading: Reading, unfold: Unfold) -> None:
+        """Note what became of the second model's, once the tensors are made."""
+        writing = Writing(self.a.steps.layers[self.number].mlp_centred, self.frame, self.scales[1] / self.scales[0])
+        for name, part in parts_of(self.theirs).items():
+            record.slices(part, name, {"scale": self.factors[name], "order": self.order})
+            if name == "down":
+                record.writes(part, writing)
+            else:
+                _record_reading(record, part, reading, unfold)
+            if self.theirs is not self.mlp:
+                moved = parts_of(self.mlp)[name].key
+                if moved != part.key:
+                    record.map_of(part)["moved_to"] = moved
+
+
+# --- mixtures of experts ----------------------------------------------------------------------------------------------
+
+
+def _write_mixture(
+    a: Side,
+    b: Side,
+    number: int,
+    weight: float,
+    matching: Matching,
+    written: _Once,
+    record: Record | None,
+    notes: list[str],
+    reading: Reading,
+    other: Reading,
+    wanted: Unfold,
+) -> None:
+    """An expert at a time."""
+    using, experts = a.form_using, a.layout.layers[number].experts
+    one, two, match = a.experts_form(number), b.experts_form(number), matching.experts[number]
+    assert one is not None and two is not None and match is not None and experts is not None
+    two = two.in_frame(matching.residual)
+
+    def between(place: int | None) -> _FeedForward:
+        mlp = theirs = experts.shared
+        if place is not None:
+            mlp, theirs = experts.experts[place], experts.experts[int(match.order[place])]
+        assert mlp is not None and theirs is not None
+        return _FeedForward.of(a, b, number, mlp, theirs, match.neurons_of(place), matching.residual, weight)
+
+    router = experts.router
+    scores = _between(one.scores, two.scores[match.order], weight) + one.unseen
+    own = router.heads(a.weights[router.weight])[0]
+
+    def readers() -> Iterator[tuple[Tensor, Tensor, None]]:
+        yield scores[:, : a.layout.dim], own, None
+        for place in places(experts):
+            yield from between(place).readers()
+
+    unfold = _carried(wanted, readers(), using)
+    _write_router(a, router, scores, own, unfold, using, written)
+    stacks: dict[str, Tensor] = {}
+    for place in places(experts):
+        found = between(place)
+        tensors = found.tensors(unfold)
+        for part in parts_of(found.mlp).values():
+            if part.stack is not None and part.weight in tensors:
+                if part.weight not in stacks:
+                    stacks[part.weight] = torch.empty(a.stored.shape(part.weight), dtype=tensors[part.weight].dtype)
+                stacks[part.weight][part.stack] = tensors.pop(part.weight)
+        written.put(tensors)
+        del tensors
+        if record is not None:
+            found.note(record, other, unfold)
+        give_back()
+    written.put(stacks)
+    _put_norm(unfold, wanted, written, notes)
+    if record is not None:
+        record.slices(router, "router", {"scale": torch.ones(len(scores)).double(), "order": match.order})
+        _record_reading(record, router, other, unfold)
+        if experts.softmax and using != "permutation":
+            record.map_of(router)["shifts"] = True
+
+
+def _write_router(
+    a: Side, router: Projection, scores: Tensor, own: Tensor, unfold: Unfold, using: str, written: _Once
+) -> None:
+    """The rows of a router as they are stored, from those in form [experts, columns]."""
+    rows, bias = (scores, None) if router.bias_name is None else (scores[:, :-1], scores[:, -1])
+    if using != "permutation":
+        rows = unfold.rows(rows, own)
+        constant = unfold.constant(rows)
+        bias = bias if bias is None or constant is None else bias - constant
+    new = a.weights[router.weight].clone()
+    router.put_heads(new, rows[None])
+    tensors = {router.weight: new}
+    if bias is not None and router.bias_name is not None:
+        tensors[router.bias_name] = a.weights[router.bias_name].clone()
+        router.put_head_biases(tensors[router.bias_name], bias[None])
+    written.put(tensors)
 
 
 def _put_norm(unfold: Unfold, wanted: Unfold, written: _Once, notes: list[str]) -> None:
@@ -321,8 +473,9 @@ def _write_unembedding(
 
     if not unfold.carries((rows, raw, None) for _, rows, raw, _ in pieces()):
         unfold = unfold.plain
-    new = torch.empty(a.stored.shape(part.weight), dtype=_wide(a, part.weight))
-    new.copy_(a.stored[part.weight])
+    stored = a.stored[part.weight]
+    new = stored.to(_wide(stored), copy=True)
+    del stored
     rows, constants = part.heads(new)[0], []
     for piece, folded, raw, other in pieces():
         stored = unfold.rows(folded, raw)

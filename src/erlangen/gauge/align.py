@@ -1,8 +1,9 @@
 """One model in another's gauge: the same function, with stored numbers as near to the other's as the gauge allows.
 
-`align` brings a copy of one model to another: heads and hidden features in their order, factors of heads turned and
-scaled to theirs, the residual stream in their frame, norms, biases and means as they store them. What it returns still
-computes what it computed. `match_weights` and `align_weights` do the same to tensors by name, a layer at a time.
+`align` brings a copy of one model to another: heads, hidden features and experts in their order, factors of heads
+turned and scaled to theirs, the residual stream in their frame, norms, biases and means as they store them. What it
+returns still computes what it computed. `match_weights` and `align_weights` do the same to tensors by name, a layer at
+a time.
 """
 
 import copy
@@ -75,6 +76,11 @@ class Alignment:
         return self.matching.neurons
 
     @property
+    def experts(self) -> tuple[Tensor | None, ...]:
+        """Of each layer, int64 [experts] likewise, of a mixture; None where there is none."""
+        return tuple(None if found is None else found.order for found in self.matching.experts)
+
+    @property
     def head_similarity(self) -> tuple[Tensor, ...]:
         """Of each layer, [num_heads, num_heads]: cosines of the products of the heads of both, in one frame."""
         return self.matching.head_similarity
@@ -103,11 +109,16 @@ class Alignment:
         return between(self, weight)
 
     def __str__(self) -> str:
-        moved = sum(int((heads != torch.arange(len(heads))).sum()) for heads in self.heads)
+        experts = [order for order in self.experts if order is not None]
+        moved, exchanged = (
+            sum(int((order != torch.arange(len(order))).sum()) for order in orders) for orders in (self.heads, experts)
+        )
+        of_experts = f" and {exchanged} of {sum(map(len, experts))} experts" if experts else ""
         lines = [
             f"aligned by {self.using}: stored numbers {self.distance_before:.3g} apart before, "
             f"{self.distance_after:.3g} after",
-            f"frame of the residual stream: {self.frame}; {moved} of {sum(map(len, self.heads))} heads moved",
+            f"frame of the residual stream: {self.frame}; {moved} of {sum(map(len, self.heads))} heads{of_experts} "
+            "moved",
         ]
         return "\n".join([*lines, *self.notes])
 
@@ -267,9 +278,10 @@ def align(
         a: the model in whose gauge the other is wanted.
         b: a model of the same architecture, sizes and vocabulary.
         using: "gauge": everything that leaves the function as it is: norms folded, heads balanced and turned, scales of
-            hidden features, orders of heads and features, the frame of the residual stream. "orthogonal": the same but
-            for the scales: heads are turned as they are stored. "permutation": orders only, of heads, features, and,
-            where the frame is free, coordinates of the residual stream. "none": b stays as it is.
+            hidden features, orders of heads, features and experts (within what groups of them allow), the frame of the
+            residual stream. "orthogonal": the same but for the scales: heads are turned as they are stored.
+            "permutation": orders only, of heads, features, experts, and, where the frame is free, coordinates of the
+            residual stream. "none": b stays as it is.
         rounds: at most so many, over heads, hidden features and the frame. Where the frame is fixed one is enough.
         progress: called with the number of layers looked at and of all in all rounds.
 

@@ -136,8 +136,8 @@ def merge(
     """The model between two, of their own architecture. Neither is changed.
 
     The second is brought into the first one's gauge (see `align`). Then everything linear is averaged, and of heads the
-    products; norms, biases and means are put back as the first has them. Experts, which are
-    not matched, and tensors of which no symmetry is known are averaged as they are stored.
+    products; norms, biases and means are put back as the first has them. Tensors of which no symmetry is known are
+    averaged as they are stored.
 
     Args:
         a: the first model. Its class, config, dtype and device are those of the merge.

@@ -67,7 +67,10 @@ class MergeRecord:
         using: what the second model was moved by: "gauge", "orthogonal", "permutation" or "none".
         frame: of its residual stream: "same", "turned" or "permuted".
         heads: L times [H]: the head of the second model that stands at each place.
-        neurons_moved: of each layer, how many hidden features stand at another place; None where there are none.
+        neurons_moved: of each layer, how many hidden features stand at another place (of their expert, in a mixture);
+            None where there are none.
+        experts: of each layer, [experts]: the expert of the second model that stands at each place; None where there is
+            no mixture.
         head_similarity: L times [H, H]: cosine of the products of every head of the first model (rows) with every one
             of the second (columns).
         similarity: of the two models, after every round of the search; it never falls.
@@ -90,6 +93,7 @@ class MergeRecord:
     frame: str = "same"
     heads: list[list[int]] = field(default_factory=list)
     neurons_moved: list[int | None] = field(default_factory=list)
+    experts: list[list[int] | None] = field(default_factory=list)
     head_similarity: list[Tensor] = field(default_factory=list)
     similarity: list[float] = field(default_factory=list)
     distance_before: float = 0.0
@@ -105,6 +109,14 @@ class MergeRecord:
     def heads_moved(self) -> list[int]:
         """Of each layer, how many heads stand at another place."""
         return [sum(head != place for place, head in enumerate(heads)) for heads in self.heads]
+
+    @property
+    def experts_moved(self) -> list[int | None]:
+        """Of each layer, how many experts stand at another place; None where there is no mixture."""
+        return [
+            None if experts is None else sum(expert != place for place, expert in enumerate(experts))
+            for experts in self.experts
+        ]
 
     def barriers(self) -> dict[str, float]:
         """Way of merging -> how far the loss rises over the line between its ends; empty without text."""
@@ -447,8 +459,14 @@ def _note(record: MergeRecord, matching: Matching) -> None:
     """What was matched with what."""
     record.frame, record.similarity = matching.frame, [float(value) for value in matching.similarity]
     record.heads = [heads.tolist() for heads in matching.heads]
+    record.experts = [None if found is None else found.order.tolist() for found in matching.experts]
     record.neurons_moved = [
-        None if order is None else int((order != torch.arange(len(order))).sum()) for order in matching.neurons
+        mixture.num_neurons_moved
+        if mixture is not None
+        else None
+        if order is None
+        else int((order != torch.arange(len(order))).sum())
+        for order, mixture in zip(matching.neurons, matching.experts)
     ]
     record.head_similarity = [values.double() for values in matching.head_similarity]
     record.notes += matching.notes

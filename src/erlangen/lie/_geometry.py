@@ -103,20 +103,23 @@ class Room:
     """
 
     def __init__(self) -> None:
-        self._all: dict[tuple[int, ...], list[Tensor]] = {}
+        self._memory: list[Tensor] = []
+        self._shape: tuple[int, ...] = ()
 
     def clear(self, like: Tensor, shape: tuple[int, ...], keep: bool) -> None:
         """Start anew, with arrays of this shape. Without ``keep``, what is let go is used again within the tile."""
-        if shape not in self._all:
-            self._all = {s: arrays for s, arrays in self._all.items() if len(self._all) < 4} | {shape: []}
+        if shape != self._shape:
+            size = math.prod(shape)
+            self._memory = [array for array in self._memory if array.numel() >= size]
+            self._mine = [array[:size].view(shape) for array in self._memory]
         self._like, self._shape, self._keep = like, shape, keep
-        self._mine = self._all[shape]
         self._free = self._mine[::-1]
 
     def __call__(self) -> Tensor:
         """An array [B, G, Q, K] of unspecified contents."""
         if not self._free:
-            self._mine.append(self._like.new_empty(self._shape))
+            self._memory.append(self._like.new_empty(math.prod(self._shape)))
+            self._mine.append(self._memory[-1].view(self._shape))
             return self._mine[-1]
         return self._free.pop()
 

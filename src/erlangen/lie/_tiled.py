@@ -1,4 +1,4 @@
-"""Lie attention in linear memory: tiles of pairs, recomputed in the backward pass, as one operator of torch.
+"""Lie attention in linear memory: tiles of pairs, recomputed in the backward pass.
 
 Forward and backward walk over tiles of queries × keys. In each the geometry of the pairs is computed once for all
 heads that share their poses (`_geometry`), turned into weights, used, and dropped: nothing of size N × M is ever kept,
@@ -10,12 +10,8 @@ logarithm of each row's normaliser only. What is different for a proximity kerne
 - Where queries are the keys the scores are symmetric: a tile serves its transpose too, which halves everything but the
   products with the values; and the two products of the backward pass become one of twice the inner length.
 
-Inside of torch.compile the arithmetic of a tile is compiled too (`_fused`).
-
-Tiles that are far away may be skipped. Translation alone bounds a score, so the boxes around two blocks of poses bound
-all scores between them; a tile is left out where the bounds prove that all that is left out of a row together weighs at
-most a share ε of it. Queries that are the keys weigh 1 themselves, elsewhere the nearest tiles come first and tell what
-the row weighs at least. So an output is off by at most ε times the spread of the values.
+Inside of torch.compile the arithmetic of a tile is compiled too (`_fused`). `_skipping` leaves out pairs that are far
+away, and `_operator` makes an operator of torch of both.
 
 Weights below exp(−80) of the largest possible (exp(−650) in float64) count as that, far below any rounding: denormal
 numbers, and the exponential of −∞, are many times slower.
@@ -32,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._base import Group, outside_message
+from ._base import outside_message
 from ._fused import filled, fused_geometry
 from ._geometry import ByLogarithm, Room, pair_geometry
 from .groups import parse
@@ -48,7 +44,7 @@ class _Limits(NamedTuple):
 _LIMITS = {torch.float32: _Limits(-80.0, -46.0), torch.float64: _Limits(-650.0, -460.0)}
 
 
-class _Tiles:
+class Tiles:
     """One call: its tensors, and the tiles that they fall into."""
 
     def __init__(
@@ -66,7 +62,6 @@ class _Tiles:
         causal: bool,
         check: bool,
         tangents: bool,
-        skip: float,
         fused: bool,
     ) -> None:
         self.group, self.chart, self.outside, self.check = parse(group), chart, outside, check
@@ -94,7 +89,7 @@ class _Tiles:
         if key_BGPM is None and not causal and self.content is None and self.geometry.is_fast and not tangents:
             if mask is None:
                 self.symmetric = True
-            elif mask.shape[1] == mask.shape[2] == 1 and skip == 0:
+            elif mask.shape[1] == mask.shape[2] == 1:
                 self.symmetric = True
                 kept = mask[:, 0, 0].to(value_BHMD.dtype).expand(self.batch, -1)
                 self.kept = kept.repeat_interleave(self.num_heads, 0)[..., None]  # [B·H, M, 1]
@@ -104,23 +99,6 @@ class _Tiles:
         step = max(1, _ELEMENTS // max(1, tile))
         # all of one size: what is fused is fused for one
         self.batch_step = next(n for n in range(min(step, max(1, self.batch)), 0, -1) if max(1, self.batch) % n == 0)
-        self.skip = skip
-        self.bounds = self._bounds() if skip > 0 and self.num_queries and self.num_keys else None
-
-    def _bounds(self) -> Tensor:
-        """Upper bounds of the scores between blocks, [B, H, blocks of queries, blocks of keys]."""
-        total = self.value.new_zeros(self.batch, self.num_heads, 1, 1, dtype=torch.float64)
-        of_keys = self.geometry.positions(self.key)
-        for (k, queries), (_, keys) in zip(self.geometry.positions(self.query), of_keys):
-            boxes = [[part.aminmax(dim=-1) for part in where.split(self.side, -1)] for where in (queries, keys)]
-            (low_q, high_q), (low_k, high_k) = (
-                (torch.stack([b.min for b in side], -2), torch.stack([b.max for b in side], -2)) for side in boxes
-            )
-            gap = torch.maximum(low_k[:, :, None] - high_q[..., None, :], low_q[..., None, :] - high_k[:, :, None])
-            # a little less, for the rounding of the scores
-            square = gap.clamp(min=0).square().sum(-1) * (1 - 1e-4)
-            total = total - square * self.scale[:, k, None, None]
-        return total
 
     def batches(self) -> Iterator[slice]:
         for start in range(0, self.batch, self.batch_step):
@@ -142,36 +120,12 @@ class _Tiles:
         last = rows.stop + self.num_keys - self.num_queries if self.causal else self.num_keys
         return [block for block in self.blocks(self.num_keys) if block.start < last]
 
-    def near_columns(self, batch: slice, rows: slice, log_sum: Tensor) -> Iterator[slice]:
-        """Of ``columns`` those that cannot be skipped, the nearest first.
-
-        Args:
-            batch, rows: the queries.
-            log_sum: logarithms of lower bounds of their sums of weights, [b·H, q, 1]; looked at before each block.
-        """
-        columns = self.columns(rows)
-        if self.bounds is None:
-            yield from columns
-            return
-        bounds = self.bounds[batch, :, rows.start // self.side, : len(columns)].flatten(0, 1)  # [b·H, blocks]
-        order = bounds.amax(0).argsort(descending=True).tolist()
-        sizes = bounds.new_tensor([columns[c].stop - columns[c].start for c in order])
-        left = (bounds[:, order] + sizes.log()).flip(-1).logcumsumexp(-1).flip(-1)  # of each and all after it
-        for place, c in enumerate(order):
-            if bool((left[:, place] <= log_sum.amin((1, 2)) + math.log(self.skip)).all()):
-                return
-            yield columns[c]
-
-    def pairs(self, batch: slice) -> Iterator[tuple[int, slice, int, slice]]:
-        """Blocks i <= j with their slices, without those that may be skipped where each query weighs 1 itself."""
+    def pairs(self) -> Iterator[tuple[int, slice, int, slice]]:
+        """Blocks i <= j with their slices."""
         blocks = self.blocks(self.num_queries)
-        near = None
-        if self.bounds is not None:
-            near = (self.bounds[batch] > math.log(self.skip / self.num_keys)).flatten(0, 1).any(0).tolist()
         for i, rows in enumerate(blocks):
             for j, columns in enumerate(blocks[i:], i):
-                if near is None or near[i][j]:
-                    yield i, rows, j, columns
+                yield i, rows, j, columns
 
     def norms(self, batch: slice, rows: slice, columns: slice, *, keep: bool = False) -> tuple[list[Tensor], tuple]:
         """Those of `PairGeometry.norms`; the room is cleared for them. Fused tiles save the packed poses."""
@@ -275,12 +229,12 @@ class _Tiles:
             for rows in self.blocks(self.num_queries):
                 found = None if self.content is not None else self._forward_rows(batch, rows, values)
                 if found is None:
-                    found = self._forward_rows_with_maximum(batch, rows, values)
+                    found = self.forward_rows_with_maximum(batch, rows, values)
                 output[flat, rows], tangent[flat, rows], log_sum[flat, rows, None] = found
         shape = (self.batch, self.num_heads)
         return output.unflatten(0, shape), tangent.unflatten(0, shape), log_sum.unflatten(0, shape)
 
-    def _is_trusted(self, log_sum: Tensor) -> bool:
+    def is_trusted(self, log_sum: Tensor) -> bool:
         return bool((log_sum > self.limits.trusted).all())
 
     def _forward_symmetric(self, batch: slice, values: list[Tensor], output: Tensor, log_sum: Tensor) -> bool:
@@ -296,14 +250,14 @@ class _Tiles:
             else:
                 totals[i].baddbmm_(weights, kept[j])
 
-        for i, rows, j, columns in self.pairs(batch):
+        for i, rows, j, columns in self.pairs():
             weights = self.weigh(batch, rows, columns)[0]
             add(weights, i, j)
             if j > i:
                 add(weights.mT, j, i)
         total = torch.cat(totals, 1)
         torch.log(total[..., 0], out=log_sum)
-        if not self._is_trusted(log_sum):
+        if not self.is_trusted(log_sum):
             return False
         torch.div(torch.cat(parts, 1), total, out=output)
         return True
@@ -313,17 +267,16 @@ class _Tiles:
         they cannot be trusted.
         """
         part, tangent, total = self._zeros(batch, rows)
-        log_total = total.log()
-        for columns in self.near_columns(batch, rows, log_total):
+        for columns, value in zip(self.columns(rows), values):
             weights, _, saved = self.weigh(batch, rows, columns)
             self.hide(weights, batch, rows, columns, 0.0)
             total.add_(weights.sum(-1, keepdim=True))
-            part.baddbmm_(weights, values[columns.start // self.side])
+            part.baddbmm_(weights, value)
             self._add_tangents(tangent, weights, saved)
-            torch.log(total, out=log_total)
-        return (part.div_(total), tangent.div_(total), log_total) if self._is_trusted(log_total) else None
+        log_total = total.log()
+        return (part.div_(total), tangent.div_(total), log_total) if self.is_trusted(log_total) else None
 
-    def _forward_rows_with_maximum(
+    def forward_rows_with_maximum(
         self, batch: slice, rows: slice, values: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `_forward_rows`, for scores of any size."""
@@ -391,23 +344,19 @@ class _Tiles:
         need_scale: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients of queries, keys, scale, values and content; empty where there is none."""
-        self.need_poses, self.need_scale = need_poses, need_scale
-        self.grad_query = torch.zeros_like(self.query)
-        self.grad_key = self.grad_query if self.key is self.query else torch.zeros_like(self.key)
-        self.grad_scale, self.grad_value = torch.zeros_like(self.scale), torch.zeros_like(self.value)
-        self.grad_content = [] if self.content is None else [torch.zeros_like(c) for c in self.content[:2]]
+        self.begin_backward(need_poses, need_scale)
         dot = ((grad * output).sum(-1, keepdim=True) + (grad_tangent * tangent).sum(-1, keepdim=True)).flatten(0, 1)
         grad, grad_tangent, log_sum = grad.flatten(0, 1), grad_tangent.flatten(0, 1), log_sum.flatten(0, 1)
         for batch in self.batches():
             flat = self.flat(batch)
-            if self.symmetric and self._is_trusted(log_sum[flat]):
+            if self.symmetric and self.is_trusted(log_sum[flat]):
                 to_values = self._backward_symmetric(batch, grad[flat], dot[flat], log_sum[flat])
             else:
                 values = self.cut(self.value[flat])
                 to_values = [torch.zeros_like(v) for v in values]
                 for rows in self.blocks(self.num_queries):
                     given = grad[flat, rows].contiguous(), grad_tangent[flat, rows], dot[flat, rows]
-                    self._backward_rows(batch, rows, *given, log_sum[flat, rows, None], values, to_values)
+                    self.backward_rows(batch, rows, *given, log_sum[flat, rows, None], values, to_values)
             if to_values:
                 torch.cat(to_values, 1, out=self.grad_value[flat])
         shape = (self.batch, self.num_heads)
@@ -418,6 +367,14 @@ class _Tiles:
             content = (self.grad_content[0].unflatten(0, shape), self.grad_content[1].unflatten(0, shape))
         to_key = self.value.new_empty(0) if self.grad_key is self.grad_query else self.grad_key
         return self.grad_query, to_key, self.grad_scale, self.grad_value.unflatten(0, shape), content[0], content[1]
+
+    def begin_backward(self, need_poses: bool, need_scale: bool) -> None:
+        """Gradients of zero, to be added to."""
+        self.need_poses, self.need_scale = need_poses, need_scale
+        self.grad_query = torch.zeros_like(self.query)
+        self.grad_key = self.grad_query if self.key is self.query else torch.zeros_like(self.key)
+        self.grad_scale, self.grad_value = torch.zeros_like(self.scale), torch.zeros_like(self.value)
+        self.grad_content = [] if self.content is None else [torch.zeros_like(c) for c in self.content[:2]]
 
     def _backward_symmetric(self, batch: slice, grad: Tensor, dot: Tensor, log_sum: Tensor) -> list[Tensor]:
         """With W = exp(s) and all of row i divided by its sum beforehand, the gradients of s_ij and of s_ji add up to
@@ -431,7 +388,7 @@ class _Tiles:
         right = self.cut(torch.cat([value, grad, kept, -dot], -1))
         grads = self.cut(grad)
         to_values = [torch.zeros_like(g) for g in grads]
-        for i, rows, j, columns in self.pairs(batch):
+        for i, rows, j, columns in self.pairs():
             weights, arrays, saved = self.weigh(batch, rows, columns, keep=True)
             to_values[j].baddbmm_(weights.mT, grads[i])
             if j > i:
@@ -441,10 +398,10 @@ class _Tiles:
             if self.need_poses or self.need_scale:
                 room = self.weight_room(1, *weights.shape)
                 to_scores = torch.bmm(left[i], right[j].mT, out=room).mul_(weights)
-                self._to_geometry(to_scores, arrays, saved, batch, rows, columns)
+                self._add_to_poses(self.to_geometry(to_scores, arrays, saved), batch, rows, columns)
         return to_values
 
-    def _backward_rows(
+    def backward_rows(
         self,
         batch: slice,
         rows: slice,
@@ -456,13 +413,12 @@ class _Tiles:
         to_values: list[Tensor],
     ) -> None:
         flat = self.flat(batch)
-        trusted = self.content is None and self._is_trusted(log_sum)
+        trusted = self.content is None and self.is_trusted(log_sum)
         if trusted:
             over = (-log_sum).exp()
             grad, grad_tangent, dot = grad * over, grad_tangent * over, dot * over
         by_head = grad_tangent.unflatten(0, (-1, self.num_heads))
-        for columns in self.near_columns(batch, rows, log_sum) if trusted else self.columns(rows):
-            value, to_value = (x[columns.start // self.side] for x in (values, to_values))
+        for columns, value, to_value in zip(self.columns(rows), values, to_values):
             if trusted:
                 weights, arrays, saved = self.weigh(batch, rows, columns, keep=True)
             else:
@@ -487,19 +443,19 @@ class _Tiles:
                 self.grad_content[0][flat, rows] += to_scores @ content_key[flat, columns]
                 self.grad_content[1][flat, columns] += to_scores.mT @ content_query[flat, rows]
             if self.need_poses or self.need_scale:
-                self._to_geometry(to_scores, arrays, saved, batch, rows, columns, to_tangent)
+                self._add_to_poses(self.to_geometry(to_scores, arrays, saved, to_tangent), batch, rows, columns)
 
-    def _to_geometry(
-        self,
-        to_scores: Tensor,
-        arrays: list[Tensor],
-        saved: tuple,
-        batch: slice,
-        rows: slice,
-        columns: slice,
-        to_tangent: Tensor | None = None,
-    ) -> None:
-        """From the gradients of the scores of a tile, and of its tangent vectors, to those of scale and poses."""
+    def _add_to_poses(self, found: tuple[Tensor, Tensor] | None, batch: slice, rows: slice, columns: slice) -> None:
+        if found is not None:
+            self.grad_query[batch, ..., rows] += found[0]
+            self.grad_key[batch, ..., columns] += found[1]
+
+    def to_geometry(
+        self, to_scores: Tensor, arrays: list[Tensor], saved: tuple, to_tangent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """From the gradients of the scores of a tile, and of its tangent vectors, to those of packed queries and keys,
+        if they are needed, and of scale, which are added up.
+        """
         shared = self.query.shape[1] == 1
         flat = to_scores.unflatten(0, (-1, self.num_heads)).flatten(2)  # [b, H, q·k]
         if self.need_scale:
@@ -507,156 +463,17 @@ class _Tiles:
                 array = array.flatten(2)
                 found = (flat @ array.mT)[..., 0] if shared else (flat * array).sum(-1)
                 self.grad_scale[:, k] -= found.sum(0)
-        if self.need_poses:
-            tile = arrays[0].shape
-            if shared:
-                to_norms = list((-self.scale.mT @ flat).unbind(1))
-            else:
-                to_norms = [flat * -self.scale[:, k, None] for k in range(len(arrays))]
-            to_norms = [x.view(tile) for x in to_norms]
-            if isinstance(self.geometry, ByLogarithm):
-                to_query, to_key = self.geometry.vjp(saved, to_norms, self.room, to_tangent)
-            elif self.fused is not None:
-                query, key = saved
-                to_query, to_key = self.fused.vjp(query, key, to_norms)
-            else:
-                to_query, to_key = self.geometry.vjp(saved, to_norms, self.room)
-            self.grad_query[batch, ..., rows] += to_query
-            self.grad_key[batch, ..., columns] += to_key
-
-
-@torch.library.custom_op("erlangen::lie_attention", mutates_args=())
-def _attend(
-    query: Tensor,
-    key: Tensor | None,
-    scale: Tensor,
-    value: Tensor,
-    content_query: Tensor | None,
-    content_key: Tensor | None,
-    mask: Tensor | None,
-    group: str,
-    chart: str,
-    outside: str,
-    causal: bool,
-    check: bool,
-    tangents: bool,
-    skip: float,
-    fused: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _Tiles(
-        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents,
-        skip, fused,
-    ).forward()  # fmt: skip
-
-
-@_attend.register_fake
-def _(
-    query, key, scale, value, content_query, content_key, mask,
-    group, chart, outside, causal, check, tangents, skip, fused,
-):  # fmt: skip
-    shape = (*value.shape[:2], query.shape[-1])
-    dim = parse(group).dim if tangents else 0
-    return value.new_empty(*shape, value.shape[-1]), value.new_empty(*shape, dim), value.new_empty(*shape)
-
-
-@torch.library.custom_op("erlangen::lie_attention_backward", mutates_args=())
-def _attend_backward(
-    grad: Tensor,
-    grad_tangent: Tensor,
-    output: Tensor,
-    tangent: Tensor,
-    log_sum: Tensor,
-    query: Tensor,
-    key: Tensor | None,
-    scale: Tensor,
-    value: Tensor,
-    content_query: Tensor | None,
-    content_key: Tensor | None,
-    mask: Tensor | None,
-    group: str,
-    chart: str,
-    outside: str,
-    causal: bool,
-    tangents: bool,
-    skip: float,
-    fused: bool,
-    need_poses: bool,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _Tiles(
-        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False, tangents,
-        skip, fused,
-    ).backward(grad, grad_tangent, output, tangent, log_sum, need_poses, need_scale)  # fmt: skip
-
-
-@_attend_backward.register_fake
-def _(
-    grad, grad_tangent, output, tangent, log_sum, query, key, scale, value, content_query, content_key, mask,
-    group, chart, outside, causal, tangents, skip, fused, need_poses, need_scale,
-):  # fmt: skip
-    likely = (key, scale, value, content_query, content_key)
-    return torch.empty_like(query), *(value.new_empty(0) if x is None else torch.empty_like(x) for x in likely)
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, group, chart, outside, causal, _, tangents, skip, fused = inputs
-    ctx.save_for_backward(*output, *tensors)
-    ctx.settings = (group, chart, outside, causal, tangents, skip, fused)
-
-
-def _backward(ctx, grad, grad_tangent, _):
-    needs = ctx.needs_input_grad
-    grads = _attend_backward(
-        grad.contiguous(), grad_tangent.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0] or needs[1], needs[2]
-    )
-    return *(g if need else None for g, need in zip(grads, needs)), *(None,) * 9
-
-
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError(
-        'the tiled lie_attention has no second derivative: use impl="reference", which is dense, for double gradients'
-    )
-
-
-_attend.register_autograd(_backward, setup_context=_setup_context)
-_attend_backward.register_autograd(_no_second_derivative)
-
-
-def tiled_attention(
-    query: Tensor,
-    key: Tensor | None,
-    scale: Tensor,
-    value: Tensor,
-    *,
-    group: Group,
-    chart: str,
-    content_query: Tensor | None = None,
-    content_key: Tensor | None = None,
-    mask: Tensor | None = None,
-    outside: str = "error",
-    causal: bool = False,
-    check: bool = True,
-    tangents: bool = False,
-    skip: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Attention in tiles.
-
-    Args:
-        query: packed poses [B, G, P, N] (``PairGeometry.pack_query``), G of 1 or H.
-        key: packed poses [B, G, P, M]; None where the queries are the keys.
-        scale: λ/τ, [H, K].
-        value: [B, H, M, D], finite also where the mask hides it.
-        content_query, content_key, mask, outside, causal, check: as in `lie_attention`.
-        tangents: give the mean tangent vectors too; the packing is that of the geometry with tangents then.
-        skip: ε, the share of a row's weight that may be left out; for geometries that have positions, without content.
-
-    Returns:
-        [B, H, N, D], and [B, H, N, dim] (or of width 0).
-    """
-    factors = scale.new_tensor(pair_geometry(group, chart, tangents).factors)
-    output, tangent, _ = _attend(
-        query.contiguous(), None if key is None else key.contiguous(), scale * factors, value.contiguous(),
-        content_query, content_key, mask, str(group), chart, outside, causal, check,
-        tangents, skip, torch.compiler.is_compiling(),
-    )  # fmt: skip
-    return output, tangent
+        if not self.need_poses:
+            return None
+        tile = arrays[0].shape
+        if shared:
+            to_norms = list((-self.scale.mT @ flat).unbind(1))
+        else:
+            to_norms = [flat * -self.scale[:, k, None] for k in range(len(arrays))]
+        to_norms = [x.view(tile) for x in to_norms]
+        if isinstance(self.geometry, ByLogarithm):
+            return self.geometry.vjp(saved, to_norms, self.room, to_tangent)
+        if self.fused is not None:
+            query, key = saved
+            return self.fused.vjp(query, key, to_norms)
+        return self.geometry.vjp(saved, to_norms, self.room)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._base import Group, outside_message
 from ._geometry import ByLogarithm, pair_geometry
-from ._tiled import tiled_attention
+from ._operator import tiled_attention
 from ._triton import triton_attention
 
 Outside = Literal["error", "mask"]
@@ -138,7 +138,7 @@ def lie_attention(
         skip: ε, the share of each query's weight that may be left out, for speed: what is too far away to matter, as
             far as its translation proves. Each output is off by at most ε (max value − min value). For groups with a
             rotation and a translation, or one of them (SE2, SE3, Translation, products), without content, in tiles.
-            It pays if tokens near in space are near in order: see `morton_order`.
+            It pays where poses are spread out further than the heads see; tokens may come in any order.
         impl: "reference" computes the dense scores with plain operations and can be differentiated twice; "tiled" needs
             memory for a few tiles of pairs only and is one operator to ``torch.compile``, inside of which its tiles are
             fused, for groups that have formulas of their own (twice as fast in space); "triton" is the same in
@@ -170,8 +170,8 @@ def lie_attention(
 def morton_order(poses: Tensor, group: Group) -> Tensor:
     """The order of poses along a space-filling curve (Morton's) through their positions: int64 [..., N].
 
-    Neighbours in this order are neighbours in space, for the most part, so that ``skip`` of `lie_attention` finds whole
-    tiles to leave out: ``order = morton_order(poses, group)``, then ``poses[order]``.
+    Neighbours in this order are neighbours in space, for the most part: ``order = morton_order(poses, group)``, then
+    ``poses[order]``. ``skip`` of `lie_attention` does not need it: it sorts for itself.
 
     Args:
         poses: [..., N, m, m].
