@@ -40,7 +40,7 @@ class _PReLU(torch.autograd.Function):
         x, slope_F = ctx.saved_tensors
         right = torch.ops.aten.threshold_backward(grad, x, 0)
         left = grad - right
-        slope_grad_F = (left * x).flatten(0, -2).sum(0)
+        slope_grad_F = (left * x).sum(tuple(range(x.ndim - 1)))
         return torch.addcmul(right, left, slope_F), slope_grad_F
 
     @staticmethod
