@@ -55,10 +55,6 @@ class ExpertsForm:
             self.kept[expert] = self.load(expert)
         return self.kept[expert]
 
-    def part(self, expert: int | None) -> MLPForm:
-        """The same in the frame of this form."""
-        return self.own(expert).in_frame(self.frame)
-
     def in_frame(self, frame: Frame) -> "ExpertsForm":
         """The same in another frame of the residual stream; of a form in the model's own."""
         return replace(self, scores=in_frame(self.scores, self.dim, self.ones, frame), frame=frame)
