@@ -2,9 +2,9 @@
 
 "linear" is `EquivariantLinear` against ``torch.nn.Linear``, "block" a whole `EquivariantBlock` (attention and a
 feed-forward layer of fourfold width) against the same block of dense maps. Channels are copies of the regular
-representation, in as out; the baseline is the dense layer in the same rounds, and ``ratio`` the inverse speed-up.
-``config_json`` has the theoretical factor of the linear maps (fewer multiplications, see ``erlangen.finite.linear``),
-the measured one and their quotient.
+representation, a multiple of 8, in as out; the baseline is the dense layer in the same rounds, and ``ratio`` the
+inverse speed-up. ``config_json`` has the theoretical factor of the linear maps (fewer multiplications, see
+``erlangen.finite.linear``), the measured one and their quotient.
 
 A fresh result of 32 MB or more costs the system a page fault for each 4 kB of it, as long as the C library gives freed
 memory back at once. By default the benchmark starts itself again with settings of glibc that keep it (what a caching
@@ -72,9 +72,9 @@ def passes(layer: Callable, x: torch.Tensor) -> dict[str, Callable]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", default=["reverse_complement(6)", "symmetric(3)", "dihedral(4)"])
-    parser.add_argument("--channels", type=int, nargs="+", default=[512, 1024, 2048], help="to the nearest multiple")
+    parser.add_argument("--channels", type=int, nargs="+", default=[512, 1024, 2048], help="to a multiple of 8 copies")
     parser.add_argument("--block-channels", type=int, default=1024, help="blocks are measured up to so many")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", nargs="+", choices=("linear", "block"), default=["linear", "block"])
@@ -87,15 +87,16 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP})
     torch.set_num_threads(arguments.threads)
     for name in arguments.groups:
-        for channels in arguments.channels:
-            run(parse(name), channels, arguments)
+        for tokens in arguments.tokens:
+            for channels in arguments.channels:
+                run(parse(name), channels, tokens, arguments)
 
 
-def run(group: PermutationGroup, channels: int, arguments: argparse.Namespace) -> None:
+def run(group: PermutationGroup, channels: int, tokens: int, arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(0)
-    copies = max(1, round(channels / group.order))
+    copies = 8 * max(1, round(channels / group.order / 8))
     dim, factor = copies * group.order, theoretical(group)
-    x = torch.randn(arguments.tokens // group.degree, group.degree, dim, generator=generator)
+    x = torch.randn(tokens // group.degree, group.degree, dim, generator=generator)
     pairs: dict[str, tuple[nn.Module, nn.Module]] = {}
     if "linear" in arguments.layers:
         pairs["linear"] = EquivariantLinear(group, dim, dim, generator=generator), nn.Linear(dim, dim)
@@ -112,7 +113,7 @@ def run(group: PermutationGroup, channels: int, arguments: argparse.Namespace) -
             timings = record.time_interleaved(calls, f"dense {what}", rounds=arguments.rounds)
             speedup = 1 / timings[f"equivariant {what}"].ratio
             print(
-                f"{group!s:22s} {what:6s} dim={dim:5d} {which:18s} {speedup:5.2f} times as fast, "
+                f"{group!s:22s} {what:6s} tokens={tokens:5d} dim={dim:5d} {which:18s} {speedup:5.2f} times as fast, "
                 f"theory {factor:.2f}: {speedup / factor:.0%}",
                 flush=True,
             )

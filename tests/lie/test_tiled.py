@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -213,6 +214,24 @@ def test_tangent_vectors_alone(generator):
     pair = [lie_attention_tangent(**tensors, group=SE2, mask=mask, impl=impl)[1] for impl in ("reference", "tiled")]
     torch.testing.assert_close(*pair, rtol=1e-10, atol=1e-10)
     assert not pair[1][1, :, 3].any()
+
+
+@pytest.mark.parametrize("skip", [0.0, 1e-9])
+def test_memory_of_a_call_serves_others(skip, generator):
+    """Of other sizes and dtypes, in inference mode and in other threads: they are right, and leave it what it gave."""
+    problems = []
+    for size in (9, 23, 5):
+        tensors = problem(SE3, generator, num_queries=size)
+        problems += [tensors, {name: x.float() for name, x in tensors.items()}]
+    given = [attend("tiled", SE3, tensors, skip=skip) for tensors in problems]
+    kept = [{name: x.clone() for name, x in found.items()} for found in given]
+    with torch.inference_mode():
+        for tensors in problems:
+            lie_attention(**tensors, key=tensors["query"], group=SE3, impl="tiled", skip=skip)
+    with ThreadPoolExecutor(4) as threads:
+        again = list(threads.map(lambda tensors: attend("tiled", SE3, tensors, skip=skip), 5 * problems))
+    for found, expected in zip(given + again, 6 * kept):
+        assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
 def test_errors(generator):

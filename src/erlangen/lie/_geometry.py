@@ -118,7 +118,7 @@ class Room:
     def __call__(self) -> Tensor:
         """An array [B, G, Q, K] of unspecified contents."""
         if not self._free:
-            self._memory.append(self._like.new_empty(math.prod(self._shape)))
+            self._memory.append(memory_like(self._like, math.prod(self._shape)))
             self._mine.append(self._memory[-1].view(self._shape))
             return self._mine[-1]
         return self._free.pop()
@@ -127,6 +127,16 @@ class Room:
         """Say that ``norms`` needs these no longer; `vjp` may."""
         if not self._keep:
             self._free.extend(arrays)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in self._memory)
+
+
+def memory_like(like: Tensor, size: int) -> Tensor:
+    """A tensor [size] of unspecified contents, which may be used outside of ``torch.inference_mode`` too."""
+    with torch.inference_mode(False):
+        return like.new_empty(size)
 
 
 def pair_geometry(group: Group, chart: str, tangents: bool = False) -> PairGeometry:

@@ -8,16 +8,17 @@ from torch import Tensor
 from ._base import Group
 from ._geometry import pair_geometry
 from ._skipping import SkippingTiles
-from ._tiled import Tiles
+from ._tiled import Tiles, Workspace, workspace
 from .groups import parse
 
 
 def _tiles(
-    query: Tensor, key: Tensor | None, scale: Tensor, value: Tensor, *settings: Any, skip: float, fused: bool
-) -> Tiles:
+    space: Workspace, query: Tensor, key: Tensor | None, scale: Tensor, value: Tensor, *settings: Any, skip: float,
+    fused: bool,
+) -> Tiles:  # fmt: skip
     if skip > 0 and min(query.shape[-1], len(value), value.shape[2]) > 0:
-        return SkippingTiles(query, key, scale, value, *settings, skip=skip)
-    return Tiles(query, key, scale, value, *settings, fused=fused)
+        return SkippingTiles(query, key, scale, value, *settings, space, skip=skip)
+    return Tiles(query, key, scale, value, *settings, space, fused=fused)
 
 
 @torch.library.custom_op("erlangen::lie_attention", mutates_args=())
@@ -38,10 +39,11 @@ def _attend(
     skip: float,
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _tiles(
-        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents,
-        skip=skip, fused=fused,
-    ).forward()  # fmt: skip
+    with workspace(value) as space:
+        return _tiles(
+            space, query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check,
+            tangents, skip=skip, fused=fused,
+        ).forward()  # fmt: skip
 
 
 @_attend.register_fake
@@ -78,10 +80,11 @@ def _attend_backward(
     need_poses: bool,
     need_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _tiles(
-        query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False, tangents,
-        skip=skip, fused=fused,
-    ).backward(grad, grad_tangent, output, tangent, log_sum, need_poses, need_scale)  # fmt: skip
+    with workspace(value) as space:
+        return _tiles(
+            space, query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False,
+            tangents, skip=skip, fused=fused,
+        ).backward(grad, grad_tangent, output, tangent, log_sum, need_poses, need_scale)  # fmt: skip
 
 
 @_attend_backward.register_fake

@@ -95,7 +95,7 @@ class SkippingTiles(Tiles):
     def _take(self, table: Tensor, leaves: Tensor, which: int) -> Tensor:
         """[T·R, C·c, W], in the memory of this number."""
         index, width = self._rows(table, leaves), table.shape[-1]
-        out = self.weight_room(which, len(index), table.shape[2] * width)
+        out = self.memory(which, len(index), table.shape[2] * width)
         torch.index_select(table.flatten(0, 1).flatten(1), 0, index, out=out)
         return out.view(len(leaves) * table.shape[1], -1, width)
 
@@ -158,7 +158,7 @@ class SkippingTiles(Tiles):
         return output, output.new_empty(*log_sum.shape, 0), log_sum
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.bmm(a, b, out=self.weight_room(6, len(a), a.shape[1], b.shape[2]))
+        return torch.bmm(a, b, out=self.memory(6, len(a), a.shape[1], b.shape[2]))
 
     def _least(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of what the rows of a block weigh at least, [I, H]; and the rows that this leaves out, [B, N]."""
@@ -228,7 +228,7 @@ class SkippingTiles(Tiles):
                 continue
             if self.symmetric:
                 mine = mine.roll(self.width + 1, -1)
-            to_scores = torch.bmm(mine, theirs.mT, out=self.weight_room(1, *weights.shape)).mul_(weights)
+            to_scores = torch.bmm(mine, theirs.mT, out=self.memory(1, *weights.shape)).mul_(weights)
             found = self.to_geometry(to_scores, arrays, saved)
             if found is not None:
                 self._add(to_query, queries, found[0])

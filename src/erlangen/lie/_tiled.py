@@ -21,7 +21,9 @@ algebra, P numbers a packed pose. Inside of a tile batch and heads are one axis.
 """
 
 import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from ._base import outside_message
 from ._fused import filled, fused_geometry
-from ._geometry import ByLogarithm, Room, pair_geometry
+from ._geometry import ByLogarithm, Room, memory_like, pair_geometry
 from .groups import parse
 
 _ELEMENTS = 1 << 19  # of the weights of a tile
@@ -42,6 +44,43 @@ class _Limits(NamedTuple):
 
 
 _LIMITS = {torch.float32: _Limits(-80.0, -46.0), torch.float64: _Limits(-650.0, -460.0)}
+
+
+class Workspace:
+    """Memory that tiles use one after the other: a `Room` for the geometry, and pieces by number for the rest."""
+
+    def __init__(self) -> None:
+        self.room = Room()
+        self._pieces: dict[int, Tensor] = {}
+
+    def piece(self, which: int, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of unspecified contents, that lives until the next of this number."""
+        size = math.prod(shape)
+        if which not in self._pieces or self._pieces[which].numel() < size:
+            self._pieces[which] = memory_like(like, size)
+        return self._pieces[which][:size].view(shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.room.num_bytes + sum(piece.nbytes for piece in self._pieces.values())
+
+
+_KEPT_BYTES = 1 << 25
+_kept = threading.local()
+
+
+@contextmanager
+def workspace(like: Tensor) -> Iterator[Workspace]:
+    """That of the last call of this thread and dtype, on a CPU: what goes back to the system has to be mapped anew,
+    page by page, which takes a fifth of the time of 2,000 poses. At most 32 MB are kept, for each.
+    """
+    kept = vars(_kept) if like.device.type == "cpu" else {}
+    mine = kept.pop(str(like.dtype), None) or Workspace()
+    try:
+        yield mine
+    finally:
+        if mine.num_bytes <= _KEPT_BYTES:
+            kept[str(like.dtype)] = mine
 
 
 class Tiles:
@@ -62,6 +101,7 @@ class Tiles:
         causal: bool,
         check: bool,
         tangents: bool,
+        space: Workspace,
         fused: bool,
     ) -> None:
         self.group, self.chart, self.outside, self.check = parse(group), chart, outside, check
@@ -74,9 +114,8 @@ class Tiles:
         self.batch, self.num_heads, self.num_keys, self.width = value_BHMD.shape
         self.num_queries = query_BGPN.shape[-1]
         self.scale, self.slopes = scale_HK, (-scale_HK.detach()).T[..., None, None]
-        self.room = Room()
+        self.space, self.room = space, space.room
         self._prepared: dict[tuple[int, int, int], Any] = {}
-        self.weight_rooms: dict[int, Tensor] = {}
         self.value = value_BHMD.flatten(0, 1)
         self.content = None
         if content_query is not None and content_key is not None:
@@ -147,18 +186,20 @@ class Tiles:
         """−Σ_k scale[h, k] arrays[k], [b·H, q, k]; lives until the next call."""
         first, *rest = self.slopes
         batch, _, *tile = arrays[0].shape
-        result = self.weight_room(0, batch, self.num_heads, *tile)
+        result = self.memory(0, batch, self.num_heads, *tile)
         torch.mul(arrays[0], first, out=result)
         for slope, array in zip(rest, arrays[1:]):
             result.addcmul_(array, slope)
         return result.flatten(0, 1)
 
-    def weight_room(self, which: int, *shape: int) -> Tensor:
-        """Memory for the weights of a tile, as `Room` for the geometry."""
-        size = math.prod(shape)
-        if which not in self.weight_rooms or self.weight_rooms[which].numel() < size:
-            self.weight_rooms[which] = self.value.new_empty(size)
-        return self.weight_rooms[which][:size].view(shape)
+    def memory(self, which: int, *shape: int) -> Tensor:
+        """A piece of the workspace."""
+        return self.space.piece(which, self.value, shape)
+
+    def sums(self, which: int, like: list[Tensor]) -> list[Tensor]:
+        """Zeros of these shapes, in a piece of the workspace."""
+        sizes = [x.numel() for x in like]
+        return [part.view(x.shape) for part, x in zip(self.memory(which, sum(sizes)).zero_().split(sizes), like)]
 
     def add_content(self, scores: Tensor, batch: slice, rows: slice, columns: slice) -> None:
         if self.content is not None:
@@ -204,7 +245,7 @@ class Tiles:
             return self.exp_(self.scores(arrays)), arrays, saved
         saved = self._block(self.query, batch, rows, -1), self._block(self.key, batch, columns, -2)
         slopes, least = self.slopes, self.limits.negligible
-        weights, arrays = self.fused.weigh(*saved, slopes, least, partial(self.weight_room, 0))
+        weights, arrays = self.fused.weigh(*saved, slopes, least, partial(self.memory, 0))
         return weights.flatten(0, 1), arrays, saved
 
     def exp_(self, scores: Tensor) -> Tensor:
@@ -239,12 +280,12 @@ class Tiles:
 
     def _forward_symmetric(self, batch: slice, values: list[Tensor], output: Tensor, log_sum: Tensor) -> bool:
         """Fill output and log_sum; or find that a row has weights too small for this, and return False."""
-        parts = [torch.zeros_like(v) for v in values]
+        parts = self.sums(2, values)
+        turned = self.sums(3, [v.mT for v in values])  # [b·H, D, n]: from tiles as transposes, a faster product
         totals = [torch.zeros_like(v[..., :1]) for v in values]
         kept = None if self.kept is None else self.cut(self.kept[self.flat(batch)])
 
-        def add(weights: Tensor, i: int, j: int) -> None:
-            parts[i].baddbmm_(weights, values[j])
+        def add_total(weights: Tensor, i: int, j: int) -> None:
             if kept is None:
                 totals[i].add_(weights.sum(-1, keepdim=True))
             else:
@@ -252,14 +293,16 @@ class Tiles:
 
         for i, rows, j, columns in self.pairs():
             weights = self.weigh(batch, rows, columns)[0]
-            add(weights, i, j)
+            parts[i].baddbmm_(weights, values[j])
+            add_total(weights, i, j)
             if j > i:
-                add(weights.mT, j, i)
-        total = torch.cat(totals, 1)
-        torch.log(total[..., 0], out=log_sum)
+                turned[j].baddbmm_(values[i].mT, weights)
+                add_total(weights.mT, j, i)
+        torch.log(torch.cat(totals, 1)[..., 0], out=log_sum)
         if not self.is_trusted(log_sum):
             return False
-        torch.div(torch.cat(parts, 1), total, out=output)
+        for rows, part, other, total in zip(self.blocks(self.num_queries), parts, turned, totals):
+            torch.div(part.add_(other.mT), total, out=output[:, rows])
         return True
 
     def _forward_rows(self, batch: slice, rows: slice, values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -387,19 +430,19 @@ class Tiles:
         left = self.cut(torch.cat([grad, value, -dot, kept], -1))
         right = self.cut(torch.cat([value, grad, kept, -dot], -1))
         grads = self.cut(grad)
-        to_values = [torch.zeros_like(g) for g in grads]
+        to_values, turned = self.sums(2, grads), self.sums(3, [g.mT for g in grads])
         for i, rows, j, columns in self.pairs():
             weights, arrays, saved = self.weigh(batch, rows, columns, keep=True)
-            to_values[j].baddbmm_(weights.mT, grads[i])
+            turned[j].baddbmm_(grads[i].mT, weights)
             if j > i:
                 to_values[i].baddbmm_(weights, grads[j])
             else:
                 weights.mul_(0.5)  # on the diagonal each pair comes twice
             if self.need_poses or self.need_scale:
-                room = self.weight_room(1, *weights.shape)
+                room = self.memory(1, *weights.shape)
                 to_scores = torch.bmm(left[i], right[j].mT, out=room).mul_(weights)
                 self._add_to_poses(self.to_geometry(to_scores, arrays, saved), batch, rows, columns)
-        return to_values
+        return [plain.add_(t.mT) for plain, t in zip(to_values, turned)]
 
     def backward_rows(
         self,
@@ -430,7 +473,7 @@ class Tiles:
             to_value.baddbmm_(weights.mT, grad)
             if not (self.need_poses or self.need_scale or self.content is not None):
                 continue
-            to_scores = torch.bmm(grad, value.mT, out=self.weight_room(1, *weights.shape)).sub_(dot)
+            to_scores = torch.bmm(grad, value.mT, out=self.memory(1, *weights.shape)).sub_(dot)
             to_tangent = None
             if self.tangents:
                 to_scores += torch.einsum("bhqc,bhqkc->bhqk", by_head, self._tangent(saved)).flatten(0, 1)
