@@ -14,6 +14,10 @@ python benchmarks/published_attention.py --precision bfloat16 --context 512 --ba
 python benchmarks/published_attention.py --precision float32 --context 1024 --batch 4 --rounds 5 --compile
 python benchmarks/published_attention.py --precision bfloat16 --memory     (peak memory of either side)
 python benchmarks/published_attention.py --precision bfloat16 --profile    (where the time of either side goes)
+
+"products" are the products with weights that either side has to make, forward and backward, layer by layer, and
+nothing in between: no implementation with the same products takes less, so the time of the published side over it is
+the throughput that could be reached.
 """
 
 import argparse
@@ -157,6 +161,26 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, pre
     optimizer.step(lambda: loss.item())
 
 
+def weight_products(num_tokens: int, layers: int, precision: str, device: str) -> Callable[[], None]:
+    """Every product of activations with a weight in a step, and the two of its backward pass; results are dropped."""
+    config = PRESET.model
+    shapes = [(config.dim, 3 * config.dim), (config.dim, config.dim), (config.dim, config.hidden_dim),
+              (config.hidden_dim, config.dim)] * layers + [(config.dim, config.vocab_size or 0)]  # fmt: skip
+    options = {"dtype": getattr(torch, precision), "device": device}
+    weights = [torch.randn(n_out, n_in, **options) for n_in, n_out in shapes]
+    sizes = sorted({size for shape in shapes for size in shape})
+    activations = {size: torch.randn(num_tokens, size, **options) for size in sizes}
+
+    @torch.no_grad()
+    def call() -> None:
+        for weight, (n_in, n_out) in zip(weights, shapes):
+            F.linear(activations[n_in], weight)
+            activations[n_out] @ weight
+            activations[n_out].mT @ activations[n_in]
+
+    return call
+
+
 def memory(arguments: argparse.Namespace) -> None:
     """Print the peak resident memory of two steps of each side, in a process of its own."""
     for side in SIDES:
@@ -212,6 +236,8 @@ def main() -> None:
                 calls[name]()
             print(name, profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=22), sep="\n")
         return
+    num_tokens = arguments.batch * arguments.context
+    calls["products"] = weight_products(num_tokens, arguments.layers, arguments.precision, arguments.device)
     timings = record.time_interleaved(calls, "published", rounds=arguments.rounds, warmup=1)
     rows = []
     for name, timing in timings.items():
