@@ -179,7 +179,7 @@ def test_far_from_the_origin_a_bound_is_still_one(group, displaced, generator):
     scale, value = torch.full((H, len(group.blocks)), 50.0), torch.zeros(1, H, 16, 4)
     tiles = _tiled.Tiles(
         query, key, scale, value, None, None, None, str(group), "principal", "error", False, False, False,
-        _tiled.Workspace(), False,
+        fused=False, space=_tiled.Workspace(),
     )  # fmt: skip
     every = slice(0, 16)
     scores = tiles.scores(tiles.norms(slice(0, 1), every, every)[0])

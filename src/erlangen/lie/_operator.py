@@ -13,12 +13,12 @@ from .groups import parse
 
 
 def _tiles(
-    space: Workspace, query: Tensor, key: Tensor | None, scale: Tensor, value: Tensor, *settings: Any, skip: float,
-    fused: bool,
+    query: Tensor, key: Tensor | None, scale: Tensor, value: Tensor, *settings: Any, skip: float, fused: bool,
+    space: Workspace,
 ) -> Tiles:  # fmt: skip
     if skip > 0 and min(query.shape[-1], len(value), value.shape[2]) > 0:
-        return SkippingTiles(query, key, scale, value, *settings, space, skip=skip)
-    return Tiles(query, key, scale, value, *settings, space, fused=fused)
+        return SkippingTiles(query, key, scale, value, *settings, skip=skip, space=space)
+    return Tiles(query, key, scale, value, *settings, fused=fused, space=space)
 
 
 @torch.library.custom_op("erlangen::lie_attention", mutates_args=())
@@ -41,8 +41,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     with workspace(value) as space:
         return _tiles(
-            space, query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check,
-            tangents, skip=skip, fused=fused,
+            query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, check, tangents,
+            skip=skip, fused=fused, space=space,
         ).forward()  # fmt: skip
 
 
@@ -82,8 +82,8 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with workspace(value) as space:
         return _tiles(
-            space, query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False,
-            tangents, skip=skip, fused=fused,
+            query, key, scale, value, content_query, content_key, mask, group, chart, outside, causal, False, tangents,
+            skip=skip, fused=fused, space=space,
         ).backward(grad, grad_tangent, output, tangent, log_sum, need_poses, need_scale)  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import _tiled
 from ._neighbours import Tree, in_batches, near_leaves, nearest_leaves
-from ._tiled import Tiles
+from ._tiled import Tiles, Workspace
 
 _GROUP = 2  # leaves of a block of queries
 _NEAREST = 8  # leaves from which a row's weight is bounded from below
@@ -31,8 +31,8 @@ _MARGIN = 1e-3  # of the logarithm of such a bound, for its rounding
 class SkippingTiles(Tiles):
     """One call that may leave out a share ``skip`` of each row's weight."""
 
-    def __init__(self, *arguments: Any, skip: float) -> None:
-        super().__init__(*arguments, fused=False)
+    def __init__(self, *arguments: Any, skip: float, space: Workspace) -> None:
+        super().__init__(*arguments, fused=False, space=space)
         self.share = skip
         self.weighs_one = self.key is self.query and self.mask is None  # every row, by itself
         self.symmetric = self.symmetric and self.mask is None

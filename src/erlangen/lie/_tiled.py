@@ -101,8 +101,9 @@ class Tiles:
         causal: bool,
         check: bool,
         tangents: bool,
-        space: Workspace,
+        *,
         fused: bool,
+        space: Workspace,
     ) -> None:
         self.group, self.chart, self.outside, self.check = parse(group), chart, outside, check
         self.geometry = pair_geometry(self.group, chart, tangents)
