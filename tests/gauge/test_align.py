@@ -11,7 +11,7 @@ from layout_interpreter import interpret
 from test_flat import MADE_UP, made_up
 
 from erlangen import gauge
-from erlangen.gauge import _align_attention, _align_mlp
+from erlangen.gauge import _align_attention, _align_heads, _align_mlp, _align_weights, _canonical_heads
 from erlangen.gauge._align_turns import Turns, polar
 from erlangen.gauge._align_weights import best_frame, frame_value
 from erlangen.gauge._fold import plan
@@ -237,6 +237,43 @@ def test_polar_leaves_open_directions_where_they_are():
     overlap[0, 1], overlap[1, 0] = 2.0, 1.0
     expected = torch.eye(4, dtype=torch.float64)[[1, 0, 2, 3]]
     assert (polar(overlap) - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(("least", "near"), [(1e-1, 1e-12), (1e-6, 1e-8), (0.0, 1e-10)])
+def test_the_polar_factor_of_a_wide_matrix(least, near):
+    """From inverses, or, of one that has none, from singular vectors."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(520, 520, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    values = torch.linspace(1, least, 520, dtype=torch.float64)
+    found, overlap = polar((u * values) @ v.mT), (u * values) @ v.mT
+    assert (found @ found.mT - torch.eye(520)).abs().max() < 1e-12
+    assert (found - u @ v.mT).abs().max() < near or not least
+    assert (found * overlap).sum().item() == pytest.approx(values.sum().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["untied", "rotary", "qk-norm", "unbiased"])
+def test_a_part_at_a_time_is_as_all_at_once(name, monkeypatch):
+    """Heads in groups, hidden features from stored rows, more of them than are compared at once; in a turned frame."""
+    fields = {"mlp_dim": 48}
+    first, other = make(name, **fields), moved(make(name, **fields))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)).double())
+    expected = gauge.align(first, other)
+    for module, limit, value in (
+        (_align_weights, "_KEPT", 0), (_align_mlp, "_LARGE", 32), (_align_mlp, "_TILE", 8),
+        (_align_heads, "_AT_A_TIME", 1), (_canonical_heads, "_AT_A_TIME", 1),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, limit, value)
+    found = gauge.align(first, other)
+    assert found.frame == expected.frame
+    assert all(torch.equal(*pair) for pair in zip(found.heads + found.neurons, expected.heads + expected.neurons))
+    assert found.similarity == pytest.approx(expected.similarity, rel=1e-6)
+    assert largest_difference(found.model, expected.model) < 1e-6
+    for one, two in zip(found.head_similarity, expected.head_similarity):
+        assert (one - two).abs().max() < 1e-6
+    merged = [alignment.merged(0.4) for alignment in (found, expected)]
+    assert largest_difference(*merged) < 1e-6
 
 
 @pytest.mark.parametrize("rotations", ["all", "mean", "signed", "permuted"])

@@ -505,9 +505,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 MEASURE = """
 import sys
-from erlangen.gauge import _align_weights
 from erlangen.interop.merging import merge_folders
-_align_weights._KEPT = 0  # small models are kept in memory: as a large one is treated, then
 def peak():
     with open("/proc/self/status") as status:
         return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
@@ -517,23 +515,25 @@ before = peak()
 merge_folders(a, b, out, check=False)
 print(peak() - before)
 """
-SHAPE = {"hidden_size": 256, "head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+# Forms of a layer in float64 are ten times the layer; more hidden features than are compared with each other at once.
+SHAPE = {
+    "hidden_size": 768, "head_dim": 64, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2560,
+    "num_hidden_layers": 2, "vocab_size": 6000, "dtype": "bfloat16",
+}  # fmt: skip
 WORKSPACE = 40e6  # pieces of matrices, and what libraries take for themselves
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured otherwise elsewhere")
-def test_peak_memory_is_a_few_layers(tmp_path):
-    config = LLAMA | SHAPE | {"intermediate_size": 512, "num_hidden_layers": 10, "dtype": "bfloat16"}
+def test_peak_memory_is_two_layers(tmp_path):
+    config = LLAMA | SHAPE
     small = write(tmp_path / "small", LLAMA)
     first = random_tensors(config, torch.bfloat16)
     second = {name: tensor + 0.05 * tensor.roll(1, 0) for name, tensor in first.items()}
     folders = [write(tmp_path / name, config, tensors) for name, tensors in (("a", first), ("b", second))]
-    layer = sum(8 * tensor.numel() for name, tensor in first.items() if ".layers.0." in name)
-    bound = 3 * layer + WORKSPACE
-    assert bound < 0.6 * 2 * sum(8 * tensor.numel() for tensor in first.values())
+    layer = sum(2 * tensor.numel() for name, tensor in first.items() if ".layers.0." in name)
     command = [sys.executable, "-c", MEASURE, small, *folders, tmp_path / "out"]
     grown = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    assert grown <= bound
+    assert grown <= 2 * layer + WORKSPACE
 
 
 # --- a trained model --------------------------------------------------------------------------------------------------

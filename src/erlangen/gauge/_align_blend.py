@@ -1,19 +1,19 @@
 """Between two layers in one form: the mean of what no gauge changes, and the way back into a model's own numbers."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from . import forms
-from ._align_attention import turned
+from ._align_attention import Scale, turned_in_place
 from ._align_heads import AttentionForm, each_head, stacked, unstacked
 from ._align_mlp import MLPForm, parts_of
-from ._fold import Heads, Reading, attention_maps, latent_readers, stream_readers, unseen_constants
+from ._fold import Heads, Reading, latent_readers, stream_readers, unseen_constants
 from ._unfold import Unfold, latent_gain, mean_of
 from ._weights import ReadWeights
-from .layout import MLP, HeadLayout, Layer
+from .layout import MLP, HeadLayout
 
 
 def mean_product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Tensor]:
@@ -85,8 +85,10 @@ def blend_attention(a: AttentionForm, b: AttentionForm, weight: float, using: st
     def between(x: Tensor, y: Tensor) -> Tensor:
         return (1 - weight) * x + weight * y
 
-    attention = a.attention
-    heads = {name: between(rows, b.heads[name]) for name, rows in a.heads.items()}
+    attention, products = a.attention, ()
+    if using == "gauge":
+        products = ("value", "output", *(("query", "key") if attention.qk_norm is False else ()))
+    heads = {name: between(rows, b.heads[name]) for name, rows in a.heads.items() if name not in products}
     bias = None if a.output_bias is None or b.output_bias is None else between(a.output_bias, b.output_bias)
     gains = None
     if a.gains is not None and b.gains is not None:
@@ -106,7 +108,7 @@ def blend_attention(a: AttentionForm, b: AttentionForm, weight: float, using: st
     heads |= {"value": one, "output": unstacked(two, groups, number)}
     new = replace(a, heads=heads, output_bias=bias, gains=gains)
     latents = {name: torch.eye(heads[name].shape[1], dtype=torch.float64) for name in latent_readers(attention)}
-    return new.moved_by(turned(a, new, torch.arange(number), latents))
+    return new.moved_by(turned_in_place(a, new, latents, Scale.of(a, new)))
 
 
 def blend_mlp(a: MLPForm, b: MLPForm, weight: float) -> MLPForm:
@@ -127,144 +129,161 @@ def blend_mlp(a: MLPForm, b: MLPForm, weight: float) -> MLPForm:
 # --- the way back -----------------------------------------------------------------------------------------------------
 
 
-def _own_constants(attention: HeadLayout, own: Heads, reading: Reading, unfold: Unfold, name: str) -> Tensor | None:
-    """[slices, width]: what a map of the model gives to a constant input."""
-    rows = own.weights[name]
-    constant = own.biases.get(name)
-    if name not in stream_readers(attention):
-        return constant
-    if unfold.fold.ones and reading.bias is not None:
-        return rows @ reading.bias
-    added = unfold.constant(rows)
-    return constant if added is None or constant is None else constant + added
+@dataclass(frozen=True)
+class Back:
+    """How what is in form goes back into the numbers of a model.
 
-
-def attention_tensors(
-    layer: Layer,
-    own: ReadWeights,
-    a: AttentionForm,
-    new: AttentionForm,
-    reading: Reading,
-    unfold: Unfold,
-    scale: float,
-    centred: bool,
-    using: str,
-    notes: list[str],
-) -> tuple[dict[str, Tensor], Tensor | None, Unfold]:
-    """The stored tensors of a layer's attention.
-
-    Args:
-        layer: of the model.
-        own: the weights, in float64, into whose gauge they go.
-        a: their form.
-        new: what is stored, in the same form and order.
-        reading, unfold: the norm that is read, of the same weights.
-        scale: of the residual stream.
+    Attributes:
+        reading: the norm that is read, of the model.
+        unfold: how it is put back.
+        scale: what is divided out of what is written.
         centred: what is written counts only up to its mean.
         using: see `AttentionForm.of`.
-        notes: hears what cannot be put back.
-
-    Returns:
-        Name -> tensor; what the values give to a constant input now, [G, V], where that was chosen freely; and the norm
-        as it is put back.
+        weights: of the model, in float64.
     """
-    attention, raw = layer.attention, Heads.read(own, layer.attention)
-    heads = Heads({}, {})
-    for name, rows in new.heads.items():
-        rows = each_head(a.back[name], len(rows)) @ rows
-        if name in new.biased:
-            rows, heads.biases[name] = rows[..., :-1], rows[..., -1]
-        heads.weights[name] = rows
-    tensors: dict[str, Tensor] = {}
-    if new.gains is not None and a.gain_left is not None and isinstance(attention.qk_norm, tuple):
-        for norm, gain, left in zip(attention.qk_norm, new.gains, a.gain_left):
-            assert norm.weight is not None
-            tensors[norm.weight] = (gain / left).flatten() - norm.offset
-    output_bias = new.output_bias
-    chosen = None
-    if using != "permutation":
-        size = a.size * scale
+
+    reading: Reading
+    unfold: Unfold
+    scale: float
+    centred: bool
+    using: str
+    weights: ReadWeights
+
+    def written_bias(self, bias: Tensor, own: Tensor, unfold: Unfold) -> Tensor:
+        """An output bias [dim] as it is stored, from one in the scale of the model, with the mean of its own."""
+        if unfold.fold.kind == "after" and unfold.bias is not None:
+            bias = bias - unfold.bias
+        return mean_of(bias - bias.mean() if self.centred else bias, own, self.centred)
+
+
+@dataclass
+class HeadsBack:
+    """Heads of a layer on their way back.
+
+    Attributes:
+        attention: their layout.
+        back: how they go.
+        heads: their rows, in the gauge of the model but for the norm that is read.
+        raw: those that the model stores.
+        constants: map -> [slices, width]: what it is to give to a constant input.
+        chosen: [G, V]: what the values give to it now, where that could be chosen; None: it could not.
+        output_bias: [dim], what they add to the output bias, or None.
+        norms: tensors of norms of queries, keys and latents.
+    """
+
+    attention: HeadLayout
+    back: Back
+    heads: Heads
+    raw: Heads
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    chosen: Tensor | None = None
+    output_bias: Tensor | None = None
+    norms: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, own: Mapping[str, Tensor], a: AttentionForm, new: AttentionForm, back: Back, notes: list[str]
+    ) -> "HeadsBack":
+        """On their way.
+
+        Args:
+            own: the stored tensors into whose gauge they go.
+            a: the form of these.
+            new: what goes back, in the same form and order.
+            back: how.
+            notes: hears what cannot be put back.
+        """
+        attention, heads = new.attention, Heads({}, {})
+        for name, rows in new.heads.items():
+            rows = each_head(a.back[name], len(rows)) @ rows
+            if name in new.biased:
+                rows, heads.biases[name] = rows[..., :-1], rows[..., -1]
+            heads.weights[name] = rows
+        found = cls(attention, back, heads, Heads.read(own, attention), output_bias=new.output_bias)
+        if new.gains is not None and a.gain_left is not None and isinstance(attention.qk_norm, tuple):
+            for norm, gain, left in zip(attention.qk_norm, new.gains, a.gain_left):
+                assert norm.weight is not None
+                found.norms[norm.weight] = (gain / left).flatten() - norm.offset
+        if back.using == "permutation":
+            return found
+        size = a.size * back.scale
         heads.weights["output"] = heads.weights["output"] * size
-        output_bias = None if output_bias is None else output_bias * size
+        found.output_bias = None if new.output_bias is None else new.output_bias * size
         for norm, readers in latent_readers(attention).values():
-            gain = latent_gain(own, norm, notes)
+            gain = latent_gain(back.weights, norm, notes)
             if gain is not None:
                 heads.weights |= {reader: heads.weights[reader] / gain for reader in readers}
             if norm.weight is not None:
                 width = heads.weights[readers[0]].shape[-1]
-                tensors[norm.weight] = (torch.ones(width).double() if gain is None else gain) - norm.offset
-        chosen, unfold = _unfold_readers(attention, raw, heads, reading, unfold, output_bias is not None, centred)
-        if output_bias is not None:
-            if chosen is not None:
-                by_query = chosen.repeat_interleave(attention.group_size, dim=0)
-                output_bias = output_bias - torch.einsum("hv,hvd->d", by_query, heads.weights["output"])
-            if unfold.fold.kind == "after" and unfold.bias is not None:
-                output_bias = output_bias - unfold.bias
-            output_bias = output_bias - output_bias.mean() if centred else output_bias
-            output_bias = mean_of(output_bias, raw.biases["output"], centred)
-        heads.weights["output"] = mean_of(heads.weights["output"], raw.weights["output"], centred)
-    if output_bias is not None:
-        heads.biases["output"] = output_bias
-    for part in attention_maps(attention).values():
-        for name in (part.weight, part.bias_name):
-            if name is not None and name not in tensors:
-                tensors[name] = own[name].clone()
-    heads.put(tensors, attention)
-    return tensors, chosen, unfold
+                found.norms[norm.weight] = (torch.ones(width).double() if gain is None else gain) - norm.offset
+        found._choose_constants()
+        if found.output_bias is not None and found.chosen is not None:
+            by_query = found.chosen.repeat_interleave(attention.group_size, dim=0)
+            found.output_bias = found.output_bias - torch.einsum("hv,hvd->d", by_query, heads.weights["output"])
+        return found
 
+    @property
+    def _ones(self) -> bool:
+        """Whether constants of the maps that read the stream stand on their means."""
+        fold, reading = self.back.unfold.fold, self.back.reading
+        return fold.ones and self.attention.latent is None and reading.bias is not None
 
-def _unfold_readers(
-    attention: HeadLayout,
-    raw: Heads,
-    heads: Heads,
-    reading: Reading,
-    unfold: Unfold,
-    movable: bool,
-    centred: bool,
-) -> tuple[Tensor | None, Unfold]:
-    """Put the norm back into the maps that read it, in place, with constants where the model has them.
+    def _own_constants(self, name: str) -> Tensor | None:
+        """[slices, width]: what a map of the model gives to a constant input."""
+        rows, constant, back = self.raw.weights[name], self.raw.biases.get(name), self.back
+        if name not in stream_readers(self.attention):
+            return constant
+        if back.unfold.fold.ones and back.reading.bias is not None:
+            return rows @ back.reading.bias
+        added = back.unfold.constant(rows)
+        return constant if added is None or constant is None else constant + added
 
-    Returns:
-        What the values give to a constant input, [G, V], where that could be chosen; and the norm as it is put back.
-    """
-    groups, rotated, ones = attention.num_kv_heads, attention.rotary_dim, unfold.fold.ones and attention.latent is None
-    ones = ones and reading.bias is not None
-    wanted: dict[str, Tensor] = {}
-    for name in ("key", "value"):
-        if ones:
-            wanted[name] = heads.weights[name].sum(dim=-1)
-        elif name in heads.biases:
-            wanted[name] = heads.biases[name]
-    own = {name: _own_constants(attention, raw, reading, unfold, name) for name in wanted}
-    free_keys = attention.qk_norm is False and attention.soft_cap is None and rotated < attention.head_dim
-    if free_keys and "key" in wanted and own["key"] is not None:
-        wanted["key"] = torch.cat([wanted["key"][:, :rotated], own["key"][:, rotated:]], dim=1)
-    chosen = None
-    if "value" in wanted and own["value"] is not None:
-        if movable:
-            chosen = wanted["value"] = own["value"]
-        else:
-            unseen = unseen_constants(heads.weights["output"], groups, centred)
-            if unseen is not None:
-                off = (own["value"] - wanted["value"]).flatten()
-                chosen = wanted["value"] = wanted["value"] + ((unseen @ off) @ unseen).view_as(own["value"])
-    pieces = {
-        name: (heads.weights[name], raw.weights[name], wanted.get(name) if ones else None)
-        for name in stream_readers(attention)
-    }
-    if not unfold.carries(pieces.values()):
-        unfold = unfold.plain
-    for name, piece in pieces.items():
-        rows = unfold.rows(*piece)
-        constant = unfold.constant(rows)
-        heads.weights[name] = rows
-        if name in heads.biases:
-            total = wanted.get(name, heads.biases[name])
-            heads.biases[name] = total if constant is None else total - constant
-    for name in ("key", "value"):  # readers of a latent, whose constants are their biases
-        if name not in stream_readers(attention) and name in heads.biases:
-            heads.biases[name] = wanted[name]
-    return chosen, unfold
+    def _choose_constants(self) -> None:
+        """Constants of keys and values where the model has them, as far as that is free."""
+        attention, heads, wanted = self.attention, self.heads, self.constants
+        rotated = attention.rotary_dim
+        for name in ("key", "value"):
+            if self._ones:
+                wanted[name] = heads.weights[name].sum(dim=-1)
+            elif name in heads.biases:
+                wanted[name] = heads.biases[name]
+        own = {name: self._own_constants(name) for name in wanted}
+        free_keys = attention.qk_norm is False and attention.soft_cap is None and rotated < attention.head_dim
+        if free_keys and "key" in wanted and own["key"] is not None:
+            wanted["key"] = torch.cat([wanted["key"][:, :rotated], own["key"][:, rotated:]], dim=1)
+        if "value" not in wanted or own["value"] is None:
+            return
+        if self.output_bias is not None:
+            self.chosen = wanted["value"] = own["value"]
+            return
+        unseen = unseen_constants(heads.weights["output"], attention.num_kv_heads, self.back.centred)
+        if unseen is not None:
+            off = (own["value"] - wanted["value"]).flatten()
+            self.chosen = wanted["value"] = wanted["value"] + ((unseen @ off) @ unseen).view_as(own["value"])
+
+    def readers(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """What reads the norm, as of `Unfold.carries`."""
+        for name in stream_readers(self.attention):
+            yield self.heads.weights[name], self.raw.weights[name], self.constants.get(name) if self._ones else None
+
+    def put(self, tensors: Mapping[str, Tensor], unfold: Unfold) -> None:
+        """Write them as they are stored, in place, but for the output bias; ``unfold``: the norm as it is put back."""
+        attention, heads, raw = self.attention, self.heads, self.raw
+        if self.back.using != "permutation":
+            for name, piece in zip(stream_readers(attention), self.readers()):
+                rows = unfold.rows(*piece)
+                constant = unfold.constant(rows)
+                heads.weights[name] = rows
+                if name in heads.biases:
+                    total = self.constants.get(name, heads.biases[name])
+                    heads.biases[name] = total if constant is None else total - constant
+            for name in ("key", "value"):  # readers of a latent, whose constants are their biases
+                if name not in stream_readers(attention) and name in heads.biases:
+                    heads.biases[name] = self.constants[name]
+            heads.weights["output"] = mean_of(heads.weights["output"], raw.weights["output"], self.back.centred)
+        if "output" in raw.biases:
+            heads.biases["output"] = raw.biases["output"]
+        heads.put(tensors, attention)
 
 
 def mlp_tensors(
@@ -274,32 +293,31 @@ def mlp_tensors(
     features: slice,
     a: MLPForm,
     new: MLPForm,
-    unfold: Unfold,
-    scale: float,
-    centred: bool,
-    using: str,
+    back: Back,
 ) -> dict[str, Tensor]:
     """Put hidden features of a feed-forward layer or expert as they are stored into its tensors, in place.
 
     Args:
         mlp: the layer or expert.
         own: the tensors into whose gauge they go; of a stack, the matrix of this expert alone.
-        tensors: of the same names, to be written.
+        tensors: of the same names, to be written; a matrix may be the same tensor, for only these features are read.
         features: which those are of which there are forms.
-        a, new, unfold, scale, centred, using: as of `attention_tensors`.
+        a, new: the form of these tensors, and what goes back.
+        back: how.
 
     Returns:
         The factors [features] with which they went back, of each map.
     """
     factors, slope = a.back(new.slope)
+    unfold, size = back.unfold, a.size * back.scale
     for name, part in parts_of(mlp).items():
         rows, bias = new.rows[name] * factors[name][:, None], None
         raw = part.heads(own[part.weight])[0][features].double()
         if name in new.biased:
             rows, bias = rows[:, :-1], rows[:, -1]
-        if using != "permutation":
+        if back.using != "permutation":
             if name == "down":
-                rows = mean_of(rows * (a.size * scale), raw, centred)
+                rows = mean_of(rows * size, raw, back.centred)
             else:
                 rows = unfold.rows(rows, raw)
                 constant = unfold.constant(rows)
@@ -309,13 +327,8 @@ def mlp_tensors(
         if bias is not None and part.bias_name is not None:
             part.head_biases(tensors[part.bias_name])[0][features] = bias
     if mlp.down.bias_name is not None and new.down_bias is not None:
-        bias = new.down_bias
-        if using != "permutation":
-            bias = bias * (a.size * scale)
-            if unfold.fold.kind == "after" and unfold.bias is not None:
-                bias = bias - unfold.bias
-            bias = bias - bias.mean() if centred else bias
-            bias = mean_of(bias, own[mlp.down.bias_name], centred)
+        bias, stored = new.down_bias, own[mlp.down.bias_name]
+        bias = bias if back.using == "permutation" else back.written_bias(bias * size, stored, unfold)
         tensors[mlp.down.bias_name].copy_(bias)
     if mlp.slope is not None and slope is not None:
         tensors[mlp.slope][features] = slope

@@ -175,7 +175,7 @@ def match_experts(
         if stay[0].value > found.value:
             found, added = _match_in(a, b, turned, plain.order, start, overlap is not None)
     if overlap is not None and added is not None:
-        overlap += added.mT
+        overlap += added
     return found
 
 
@@ -200,7 +200,7 @@ def _walk(
     match: Callable[[int | None, MLPForm, MLPForm], NeuronMatch],
     overlaps: bool = False,
 ) -> tuple[ExpertsMatch, Tensor | None]:
-    """All experts in turn; the match, and the overlap Σ Bᵀ A of frames [dim, dim]."""
+    """All experts in turn; the match, and the overlap Σ Aᵀ B of frames [dim, dim]."""
     number = len(order)
     orders: dict[int | None, Tensor] = {}
     two = turned.scores[order]
@@ -208,7 +208,7 @@ def _walk(
     value = (a.scores * two).sum().item() / size if size else 0.0
     total = torch.zeros(a.dim, a.dim, dtype=torch.float64) if overlaps else None
     if total is not None and size:
-        total += apart(b.scores[order], b.dim, b.ones)[0].mT @ apart(a.scores, a.dim, a.ones)[0] / size
+        total += apart(a.scores, a.dim, a.ones)[0].mT @ apart(b.scores[order], b.dim, b.ones)[0] / size
     for place in places(a.experts):
         share = 1.0 if place is None else 1 / number
         one, own = a.own(place), b.own(None if place is None else int(order[place]))
@@ -216,7 +216,7 @@ def _walk(
         orders[place] = found.order
         value += share * found.value
         if total is not None:
-            total += share * frame_overlap(one, own, found)
+            frame_overlap(one, own, found, total, share)
         if a.kept is None:
             del one, own
             give_back()

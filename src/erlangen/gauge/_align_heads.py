@@ -8,6 +8,7 @@ Shapes: H query heads, G key/value heads, R = H / G, K width of a query, V width
 columns], with the bias, if there is one, as the last column.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,10 +27,12 @@ from ._fold import (
     stream_readers,
     unseen_part,
 )
-from ._weights import ReadWeights
-from .layout import HeadLayout, Layer
+from ._weights import ReadWeights, give_back
+from .layout import HeadLayout, Layer, Projection
 
 _BY_QUERY = ("query", "output", "rotary_query")
+_PLANES = 8  # rotary planes that are balanced at a time
+_AT_A_TIME = 1 << 20  # numbers of heads in float64 that are compared at a time: 8 MB, but one group at least
 
 
 def stacked(rows: Tensor, groups: int) -> Tensor:
@@ -47,14 +50,40 @@ def each_head(factor: Tensor, slices: int) -> Tensor:
     return factor.repeat_interleave(slices // factor.shape[0], dim=0)
 
 
+def kv_heads(heads: Tensor, groups: int) -> Tensor:
+    """The key/value heads that go with query heads."""
+    size = len(heads) // groups
+    return heads.view(groups, size)[:, 0] // size
+
+
+def some_heads(attention: HeadLayout, heads: Tensor) -> HeadLayout:
+    """The layout of some query heads and their key/value heads, in an order that keeps groups together."""
+    groups, latent = len(heads) // attention.group_size, attention.latent
+    kv = kv_heads(heads, groups)
+
+    def some(part: Projection, order: Tensor) -> Projection:
+        return replace(part, starts=tuple(part.starts[head] for head in order.tolist()))
+
+    return replace(
+        attention,
+        num_heads=len(heads),
+        num_kv_heads=groups,
+        query=some(attention.query, heads),
+        key=some(attention.key, kv),
+        value=some(attention.value, kv),
+        output=some(attention.output, heads),
+        latent=None if latent is None else replace(latent, rotary_query=some(latent.rotary_query, heads)),
+    )
+
+
 @dataclass
 class AttentionForm:
-    """The attention of one layer of one model.
+    """The attention of one layer of one model, or some of its heads.
 
     Attributes:
         attention: its layout.
         dim: width of the residual stream.
-        heads: rows by map (see `attention_maps`), in form.
+        heads: rows by map (see `attention_maps`), in form; float64, or float32 while they wait to be compared.
         biased: maps whose last column is a bias.
         output_bias: [dim], folded, or None.
         left: map -> [n, width, width] that its folded rows were multiplied by, n = 1, G or H.
@@ -65,6 +94,7 @@ class AttentionForm:
         moved: constants that went from the values to the output bias, [G, V]; None: none.
         size: what the output was divided by.
         ones: the rows of maps that read the stream have constants on their means (see `Fold`).
+        numbers: of its key/value heads among those of the layer.
         low_rank: sentences about heads of low rank.
     """
 
@@ -82,36 +112,56 @@ class AttentionForm:
     moved: Tensor | None = None
     size: float = 1.0
     ones: bool = False
+    numbers: tuple[int, ...] = ()
     low_rank: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
-        cls, layer: Layer, weights: ReadWeights, reading: Reading, writing: Writing, using: str, dtype: torch.dtype
+        cls,
+        layer: Layer,
+        weights: ReadWeights | Mapping[str, Tensor],
+        norms: ReadWeights,
+        reading: Reading,
+        writing: Writing,
+        using: str,
+        dtype: torch.dtype,
+        *,
+        heads: Tensor | None = None,
+        output_bias: bool = True,
     ) -> "AttentionForm":
         """The form of stored weights.
 
         Args:
             layer: of the model.
-            weights: in float64.
+            weights: its tensors as they are stored.
+            norms: the same of the norms of queries, keys and latents.
             reading, writing: how what is read and written is folded.
             using: "gauge", "orthogonal" or "permutation".
             dtype: the coarsest in which the weights are stored.
+            heads: int64, query heads that are wanted, groups kept together; None: all. A layer whose groups share
+                something that is changed has to be treated as a whole (see `_canonical_heads`).
+            output_bias: False: only what heads add to it is taken. Of the parts of a layer, one has it.
         """
-        attention = layer.attention
-        heads = Heads.read(weights, attention)
+        order = torch.arange(layer.attention.num_heads) if heads is None else heads
+        attention = some_heads(layer.attention, order)
+        read = Heads.read(weights, attention)
         moved = None
         if using != "permutation":
-            heads.fold(attention, reading, writing)
-            heads.fold_latents(attention, weights)
+            read.fold(attention, reading, writing)
+        if not output_bias and "output" in read.biases:
+            read.biases["output"] = torch.zeros_like(read.biases["output"])
+        if using != "permutation":
+            read.fold_latents(attention, norms)
             ones = reading.fold.ones and attention.latent is None
-            moved = heads.fold_constants(attention, ones)
-            if moved is None and "output" not in heads.biases:
-                _take_off_unseen(heads, ones, writing.centred)
-        output_bias = heads.biases.pop("output", None)
+            moved = read.fold_constants(attention, ones)
+            if moved is None and "output" not in read.biases:
+                _take_off_unseen(read, ones, writing.centred)
+        bias = read.biases.pop("output", None)
         rows = {
-            name: torch.cat([values, heads.biases[name][..., None]], dim=-1) if name in heads.biases else values
-            for name, values in heads.weights.items()
+            name: torch.cat([values, read.biases[name][..., None]], dim=-1) if name in read.biases else values
+            for name, values in read.weights.items()
         }
+        read.weights.clear()
         width, rotary = attention.head_dim, attention.rotary
         gained = isinstance(attention.qk_norm, tuple) and all(norm.gain for norm in attention.qk_norm)
         if using == "permutation":
@@ -120,10 +170,11 @@ class AttentionForm:
             query_key = Turns.signs(width, rotary) if gained else Turns.beside_positions(width, rotary)
             turns = query_key, Turns.all(attention.value_width)
         dim = rows["output"].shape[-1]
-        form = cls(attention, dim, rows, frozenset(heads.biases), output_bias, *turns, moved=moved)
+        form = cls(attention, dim, rows, frozenset(read.biases), bias, *turns, moved=moved)
+        form.numbers = tuple(kv_heads(order, attention.num_kv_heads).tolist())
         form.ones = reading.fold.ones and using != "permutation"
         if gained:
-            form._take_gains(weights, using)
+            form._take_gains(norms, using, order)
         if using == "gauge":
             form._scale_normed(layer)
             form._balance(dtype)
@@ -132,6 +183,30 @@ class AttentionForm:
             form.left.setdefault(name, eye)
             form.back.setdefault(name, eye)
         return form
+
+    @classmethod
+    def joined(cls, parts: Iterable["AttentionForm"], attention: HeadLayout, dtype: torch.dtype) -> "AttentionForm":
+        """The heads of a whole layer to be compared, from parts that are made one at a time and forgotten.
+
+        Args:
+            parts: the heads of a layer, in order.
+            attention: its layout.
+            dtype: in which they wait.
+        """
+        maps = attention_maps(attention)
+        whole, heads, done, said = None, dict[str, Tensor](), dict.fromkeys(maps, 0), list[str]()
+        for part in parts:
+            for name, rows in part.heads.items():
+                if whole is None:
+                    heads[name] = torch.empty(len(maps[name].starts), *rows.shape[1:], dtype=dtype)
+                heads[name][done[name] : done[name] + len(rows)] = rows
+                done[name] += len(rows)
+            said += part.low_rank
+            part.let_go()
+            whole = part
+            give_back()
+        assert whole is not None
+        return replace(whole, attention=attention, heads=heads, low_rank=said)
 
     # --- making it ----------------------------------------------------------------------------------------------------
 
@@ -148,12 +223,14 @@ class AttentionForm:
             back = each_head(self.back[name], number) @ each_head(back, number)
         self.left[name], self.back[name] = left, back
 
-    def _take_gains(self, weights: ReadWeights, using: str) -> None:
+    def _take_gains(self, weights: ReadWeights, using: str, order: Tensor) -> None:
         """Gains of queries' and keys' norms: their signs to the rows, and exchanged evenly."""
         attention = self.attention
         assert isinstance(attention.qk_norm, tuple)
         stored = [stored_gain(weights, norm) for norm in attention.qk_norm]
         gains = [gain.view(-1, attention.head_dim) for gain in stored if gain is not None]
+        if attention.qk_norm_over == "all":
+            gains = [gains[0][order], gains[1][list(self.numbers)]]
         if using == "permutation":
             self.gains = gains[0], gains[1]
             self.gain_left = torch.ones_like(gains[0]), torch.ones_like(gains[1])
@@ -208,39 +285,47 @@ class AttentionForm:
 
     def _balance(self, dtype: torch.dtype) -> None:
         """Bring factors into balance."""
-        attention, heads = self.attention, self.heads
-        groups, number, turned = attention.num_kv_heads, attention.num_heads, attention.rotary_dim
+        attention, heads, latent = self.attention, self.heads, self.attention.latent
+        groups, number = attention.num_kv_heads, attention.num_heads
         if attention.qk_norm is False:
-            query, key = stacked(heads["query"], groups), heads["key"]
-            whole = torch.eye(attention.head_dim, dtype=torch.float64).repeat(groups, 1, 1)
-            left, right, new_query, new_key = whole.clone(), whole.clone(), query.clone(), key.clone()
-            alive = torch.ones(groups, attention.head_dim, dtype=torch.bool)
-            if turned:
-                assert attention.rotary is not None
-                form = forms.rotary_pair(query[:, :turned], key[:, :turned], attention.rotary.planes())
-                new_query[:, :turned], new_key[:, :turned] = form.first, form.second
-                left[:, :turned, :turned], right[:, :turned, :turned] = form.left, form.right
-                alive[:, :turned] = form.left.abs().sum(dim=-1) > 0
-            if turned < attention.head_dim:
-                repeats = attention.group_size
-                form = forms.balanced(query[:, turned:], key[:, turned:], dtype=dtype, repeats=repeats)
-                new_query[:, turned:], new_key[:, turned:] = form.first, form.second
-                left[:, turned:, turned:], right[:, turned:, turned:] = form.left, form.right
-                self._say(form, "queries and keys", attention.head_dim - turned)
-                alive[:, turned:] = (form.rank == attention.head_dim - turned)[:, None]
-            heads["query"], heads["key"] = unstacked(new_query, groups, number), new_key
-            self._note_pair("query", "key", left, right, alive)
-        latent = attention.latent
+            self._balance_scores(dtype)
+            give_back()
         if latent is not None:
             query, key, planes = heads["rotary_query"], heads["rotary_key"], latent.rotary.planes()
             form = forms.rotary_pair(stacked(query, 1), key, planes)
             heads["rotary_query"], heads["rotary_key"] = unstacked(form.first, 1, number), form.second
             self._note_pair("rotary_query", "rotary_key", form.left, form.right, form.left.abs().sum(dim=-1) > 0)
-        form = forms.balanced(heads["value"], stacked(heads["output"], groups), dtype=dtype)
+        form = forms.balanced(heads.pop("value"), stacked(heads.pop("output"), groups), dtype=dtype)
         heads["value"], heads["output"] = form.first, unstacked(form.second, groups, number)
         self._say(form, "values and output", attention.value_width)
         alive = (form.rank == attention.value_width)[:, None].expand(groups, attention.value_width)
         self._note_pair("value", "output", form.left, form.right, alive)
+
+    def _balance_scores(self, dtype: torch.dtype) -> None:
+        attention, heads = self.attention, self.heads
+        groups, number, turned = attention.num_kv_heads, attention.num_heads, attention.rotary_dim
+        query, key = stacked(heads.pop("query"), groups), heads.pop("key")
+        whole = torch.eye(attention.head_dim, dtype=torch.float64).repeat(groups, 1, 1)
+        left, right, new_query, new_key = whole.clone(), whole.clone(), torch.empty_like(query), torch.empty_like(key)
+        alive = torch.ones(groups, attention.head_dim, dtype=torch.bool)
+        if turned:
+            assert attention.rotary is not None
+            for planes in attention.rotary.planes().split(_PLANES):
+                at, own = planes.flatten(), torch.arange(planes.numel()).view(-1, 2)
+                form = forms.rotary_pair(query[:, at], key[:, at], own)
+                new_query[:, at], new_key[:, at] = form.first, form.second
+                left[:, at[:, None], at], right[:, at[:, None], at] = form.left, form.right
+                alive[:, at] = form.left.abs().sum(dim=-1) > 0
+        if turned < attention.head_dim:
+            repeats = attention.group_size
+            form = forms.balanced(query[:, turned:], key[:, turned:], dtype=dtype, repeats=repeats)
+            new_query[:, turned:], new_key[:, turned:] = form.first, form.second
+            left[:, turned:, turned:], right[:, turned:, turned:] = form.left, form.right
+            self._say(form, "queries and keys", attention.head_dim - turned)
+            alive[:, turned:] = (form.rank == attention.head_dim - turned)[:, None]
+        del query, key
+        heads["query"], heads["key"] = unstacked(new_query, groups, number), new_key
+        self._note_pair("query", "key", left, right, alive)
 
     def _note_pair(self, first: str, second: str, left: Tensor, right: Tensor, alive: Tensor) -> None:
         """Note factors of which one is the other's inverse transpose, on the coordinates [n, width] that are alive."""
@@ -251,11 +336,34 @@ class AttentionForm:
         self._note(second, right, back_second)
 
     def _say(self, form: forms.PairForm, what: str, width: int) -> None:
-        for head, rank in enumerate(form.rank.tolist()):
+        for head, rank in zip(self.numbers, form.rank.tolist()):
             if rank < width:
                 self.low_rank.append(f"the {what} of key/value head {head} have rank {rank} of {width}")
 
     # --- moving it ----------------------------------------------------------------------------------------------------
+
+    def blocks(self) -> tuple[Tensor, ...]:
+        """Its query heads, int64, some groups at a time; all of them where they share latents."""
+        attention = self.attention
+        heads = torch.arange(attention.num_heads)
+        if attention.latent is not None:
+            return (heads,)
+        size = sum(rows[0].numel() * (attention.group_size if name in _BY_QUERY else 1)
+                   for name, rows in self.heads.items())  # fmt: skip
+        return heads.split(attention.group_size * max(_AT_A_TIME // size, 1))
+
+    def some(self, heads: Tensor) -> "AttentionForm":
+        """Some query heads and their key/value heads in float64, groups kept together; only to be compared."""
+        attention = some_heads(self.attention, heads)
+        kv = kv_heads(heads, attention.num_kv_heads)
+        orders = dict.fromkeys(_BY_QUERY, heads) | dict.fromkeys(("key", "value"), kv)
+        rows = {name: (values[orders[name]] if name in orders else values).double()
+                for name, values in self.heads.items()}  # fmt: skip
+        return replace(self, attention=attention, heads=rows)
+
+    def square(self, name: str) -> float:
+        """Sum of squares of the rows of a map, in float64."""
+        return sum(rows.double().square().sum().item() for rows in self.heads[name])
 
     @property
     def stream(self) -> tuple[str, ...]:
@@ -337,12 +445,6 @@ def _take_off_unseen(heads: Heads, ones: bool, centred: bool) -> None:
         heads.biases["value"] = heads.biases["value"] - off
 
 
-def kv_heads(heads: Tensor, groups: int) -> Tensor:
-    """The key/value heads that go with an order of query heads."""
-    size = len(heads) // groups
-    return heads.view(groups, size)[:, 0] // size
-
-
 @dataclass
 class AttentionMatch:
     """What brings the attention of one model to that of another.
@@ -361,6 +463,14 @@ class AttentionMatch:
     rotary: Tensor | None = None
     latents: dict[str, Tensor] = field(default_factory=dict)
     value: float = 0.0
+
+    def of(self, places: Tensor, size: int) -> "AttentionMatch":
+        """The turns of heads at some places, in that order, latents left alone; ``size``: heads of a group."""
+        groups = kv_heads(places, len(places) // size)
+        query_key, value_output = (
+            turn if turn is None else turn[groups] for turn in (self.query_key, self.value_output)
+        )
+        return AttentionMatch(torch.arange(len(places)), query_key, value_output, self.rotary)
 
     def turn_of(self, name: str) -> Tensor | None:
         """[n, width, width] of the slices of a map, or None."""

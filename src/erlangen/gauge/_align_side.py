@@ -11,12 +11,13 @@ from torch import Tensor
 from ._align_experts import ExpertsForm, experts_form
 from ._align_heads import AttentionForm
 from ._align_mlp import MLPForm
+from ._canonical_heads import _groups_at_a_time
 from ._canonical_record import finite
 from ._canonical_residual import Embeddings, embeddings_of, residual_scale
 from ._experts import maps_of
 from ._fold import Fold, Frame, Plan, Reading, Writing, attention_maps, plan
 from ._unfold import mean_of
-from ._weights import ReadWeights, chunks
+from ._weights import ReadWeights, chunks, give_back
 from .layout import MLP, Layer, ModelLayout, Projection
 
 Using = Literal["gauge", "orthogonal", "permutation", "none"]
@@ -66,6 +67,29 @@ class _OnCPU:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._weights.dtype(name)
+
+
+class _OneByOne(Mapping[str, Tensor]):
+    """As `Side.stored_parts`, of which the matrix that was asked for last stays in memory."""
+
+    def __init__(self, side: "Side", mlp: MLP) -> None:
+        self._side, self._parts = side, {part.weight: part for part in maps_of(mlp).values()}
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return self._side.weights[name]
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            give_back()
+            self._last = name, finite(self._side.stored.matrix(self._parts[name]), name)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 def steps_of(layout: ModelLayout, using: Using) -> Plan:
@@ -138,13 +162,51 @@ class Side:
         step = self.steps.layers[number]
         return Reading.of(self.weights, step.attention), Reading.of(self.weights, step.mlp)
 
-    def attention_form(self, number: int) -> AttentionForm:
-        """Of the attention of one layer, in the model's own frame."""
+    def stored_heads(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a layer's attention by name: matrices as stored, the rest in float64."""
+        attention = self.layout.layers[number].attention
+        found = {}
+        for part in attention_maps(attention).values():
+            if part.weight not in found:
+                found[part.weight] = finite(self.stored[part.weight], part.weight)
+            if part.bias_name is not None:
+                found[part.bias_name] = self.weights[part.bias_name]
+        return found
+
+    def blocks(self, number: int) -> tuple[Tensor, ...]:
+        """Query heads of a layer, int64, as many at a time as are treated together."""
+        layer, step = self.layout.layers[number], self.steps.layers[number]
+        attention = layer.attention
+        ones = step.attention.ones and attention.latent is None
+        groups = _groups_at_a_time(layer, self.layout.dim, ones, step.attention_centred)
+        return torch.arange(attention.num_heads).split(attention.group_size * groups)
+
+    def form_of_heads(self, number: int) -> Callable[..., AttentionForm]:
+        """What makes forms, in the model's own frame, of stored heads of a layer; takes options of `AttentionForm`."""
         layer, step, reading = self.layout.layers[number], self.steps.layers[number], self.readings(number)[0]
         dtypes = [self.stored.dtype(part.weight) for part in attention_maps(layer.attention).values()]
         dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         writing = Writing(step.attention_centred, Frame(), self.writing_scale(layer, 0, reading))
-        return AttentionForm.of(layer, self.weights, reading, writing, self.form_using, dtype)
+
+        def make(stored: Mapping[str, Tensor], **options: Any) -> AttentionForm:
+            form = AttentionForm.of(layer, stored, self.weights, reading, writing, self.form_using, dtype, **options)
+            give_back()
+            return form
+
+        return make
+
+    def attention_form(self, number: int, dtype: torch.dtype = torch.float64) -> AttentionForm:
+        """Of the attention of one layer, in the model's own frame, to be compared.
+
+        Args:
+            number: of the layer.
+            dtype: in which heads wait; with latents, which few numbers make, it is float64.
+        """
+        make, stored = self.form_of_heads(number), self.stored_heads(number)
+        attention = self.layout.layers[number].attention
+        if dtype == torch.float64 or attention.latent is not None:
+            return make(stored)
+        return AttentionForm.joined((make(stored, heads=heads) for heads in self.blocks(number)), attention, dtype)
 
     def stored_parts(self, mlp: MLP) -> dict[str, Tensor]:
         """The tensors of a feed-forward layer or an expert by name: matrices as stored, the rest in float64."""
@@ -178,10 +240,18 @@ class Side:
             squares += make(stored, features=features).strengths().square().sum().item()
         return partial(make, size=squares**0.5 or 1.0)
 
-    def mlp_form(self, number: int, dtype: torch.dtype = torch.float64) -> MLPForm | None:
-        """Of the feed-forward part of one layer, in the model's own frame; None for experts."""
+    def mlp_form(self, number: int, keep: bool = True) -> MLPForm | None:
+        """Of the feed-forward part of one layer, in the model's own frame; None for experts.
+
+        Args:
+            number: of the layer.
+            keep: False: its rows are made as they are asked for, from one stored matrix at a time.
+        """
         mlp = self.layout.layers[number].mlp
-        return None if mlp is None else self.form_of(number, mlp)(self.stored_parts(mlp), dtype=dtype)
+        if mlp is None:
+            return None
+        stored = self.stored_parts(mlp) if keep else _OneByOne(self, mlp)
+        return self.form_of(number, mlp)(stored, keep=keep)
 
     def experts_form(self, number: int, keep: bool = False, dtype: torch.dtype = torch.float64) -> ExpertsForm | None:
         """Of the mixture of experts of one layer, in the model's own frame; None where there is none.
@@ -199,7 +269,9 @@ class Side:
         def load(expert: int | None) -> MLPForm:
             mlp = experts.shared if expert is None else experts.experts[expert]
             assert mlp is not None
-            return self.form_of(number, mlp)(self.stored_parts(mlp), dtype=dtype)
+            form = self.form_of(number, mlp)(self.stored_parts(mlp), dtype=dtype)
+            give_back()
+            return form
 
         raw = router.heads(self.weights[router.weight])[0]
         rows = reading.rows(raw) if folds else raw

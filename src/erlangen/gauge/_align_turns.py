@@ -5,9 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._fold import Frame
 from .layout import Rotary
 
 _OPEN = 1e-12  # share of the largest singular value below which a direction is open
+_WIDE = 512  # width from which a polar factor is found by inverses
+_STEPS = 30  # of them, at most
+_STEEP = 1e10  # condition beyond which it is found from singular vectors all the same
 
 
 @dataclass(frozen=True)
@@ -114,14 +118,51 @@ class Turns:
         return total
 
 
+def inverse(frame: Frame) -> Frame:
+    """The change of frame that undoes another."""
+    if frame.matrix is not None:
+        return Frame(matrix=frame.matrix.mT)
+    if frame.order is not None and frame.sign is not None:
+        order = frame.order.argsort()
+        return Frame(order=order, sign=frame.sign[order])
+    return frame
+
+
 def polar(overlap: Tensor) -> Tensor:
     """The orthogonal matrix O of largest trace of Oᵀ · overlap, [..., n, n].
 
     Where the overlap leaves directions open, those stay as near as may be to where they were.
     """
+    if overlap.ndim == 2 and len(overlap) >= _WIDE:
+        found = _polar_by_inverses(overlap)
+        if found is not None:
+            return found
     u, values, vh = torch.linalg.svd(overlap)
     largest = values[..., :1].clamp_min(torch.finfo(overlap.dtype).tiny)
     if (values <= _OPEN * largest).any():
         eye = torch.eye(overlap.shape[-1], dtype=overlap.dtype)
         u, _, vh = torch.linalg.svd(overlap + _OPEN * largest[..., None] * eye)
     return u @ vh
+
+
+def _polar_by_inverses(matrix: Tensor) -> Tensor | None:
+    """The polar factor of a matrix [n, n], in less memory than its singular vectors take.
+
+    Newton's iteration X -> (γ X + X⁻ᵀ / γ) / 2 with scales γ (Higham, Computing the polar decomposition, 1986).
+
+    Returns:
+        None where the matrix is too near to a singular one.
+    """
+    found, root, excess = matrix.clone(), len(matrix) ** 0.5, torch.inf
+    for step in range(_STEPS):
+        other, singular = torch.linalg.inv_ex(found)
+        sizes = found.norm().item(), other.norm().item()
+        if singular.item() or (not step and sizes[0] * sizes[1] > _STEEP):
+            return None
+        scale = (sizes[1] / sizes[0]) ** 0.5 if excess > 0.01 else 1.0
+        found.mul_(scale / 2).add_(other.mT, alpha=0.5 / scale)
+        del other
+        if excess < 1e-12:  # the mean of (s² − 1) / 2 over singular values s, before this step; steps are quadratic
+            return found
+        excess = found.norm().item() / root - 1
+    return None

@@ -6,8 +6,9 @@ best there is with the others fixed: the sum of inner products never falls. Expe
 what they are as maps, before their features are (`_align_experts`); a match that brings less is not taken.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ _SETTLED = 1e-7  # share of the objective below which a round has brought nothin
 def frame_value(frame: Frame, overlap: Tensor) -> float:
     """⟨A, B Rᵀ⟩ for an overlap Aᵀ B [dim, dim]."""
     if frame.matrix is not None:
-        return (frame.matrix * overlap).sum().item()
+        return sum(torch.dot(row, other).item() for row, other in zip(frame.matrix, overlap))
     if frame.order is not None and frame.sign is not None:
         return (frame.sign * overlap[torch.arange(len(overlap)), frame.order]).sum().item()
     return overlap.trace().item()
@@ -64,16 +65,14 @@ def _table_overlap(a: Side, b: Side) -> tuple[Tensor, float]:
     """Overlap Aᵀ B of embeddings and unembedding, each over the sizes of both; and the distance of the embeddings."""
     dim, layout = a.layout.dim, a.layout
     whole = torch.zeros(dim, dim, dtype=torch.float64)
-    distance = 0.0
 
     def add(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-        nonlocal whole
         overlap, sizes = torch.zeros(dim, dim, dtype=torch.float64), [0.0, 0.0]
         for one, two in pairs:
-            overlap += one.mT @ two
+            overlap.addmm_(one.mT, two)
             sizes = [sizes[0] + one.square().sum().item(), sizes[1] + two.square().sum().item()]
         if min(sizes) > 0:
-            whole = whole + overlap / (sizes[0] * sizes[1]) ** 0.5
+            whole.add_(overlap, alpha=1 / (sizes[0] * sizes[1]) ** 0.5)
         total = sum(sizes)
         return max(0.0, 1 - 2 * overlap.trace().item() / total) ** 0.5 if total else 0.0
 
@@ -125,104 +124,114 @@ class _Forms:
     """The forms of both models, kept in memory where they are small."""
 
     def __init__(self, a: Side, b: Side) -> None:
-        self.a, self.b = a, b
+        self.sides = a, b
         size = 2 * sum(a.stored.shape(name).numel() for name in a.layout.tensor_shapes())
         self._keep = size <= _KEPT
-        # Of large models, forms of hidden features wait in float32 where that is what is stored; only orders and the
+        # Of large models, forms of heads and experts wait in float32 where that is what is stored; only orders and the
         # frame are found from them.
         whole = any(side.stored.dtype(name) == torch.float64 for side in (a, b) for name in a.layout.tensor_shapes())
         self._dtype = torch.float64 if self._keep or whole else torch.float32
-        self._attention: dict[int, tuple[AttentionForm, AttentionForm]] = {}
-        self._mlp: dict[int, tuple[MLPForm | None, MLPForm | None]] = {}
-        self._experts: dict[int, tuple[ExpertsForm | None, ExpertsForm | None]] = {}
+        self._kept: dict[tuple[str, int], Any] = {}
+
+    def _of(self, kind: str, number: int, make: Callable[[Side], Any]) -> Any:
+        found = self._kept.get((kind, number))
+        if found is None:
+            first = make(self.sides[0])
+            give_back()
+            found = first, make(self.sides[1])
+            give_back()
+            if self._keep:
+                self._kept[kind, number] = found
+        return found
 
     def attention(self, number: int) -> tuple[AttentionForm, AttentionForm]:
         """Of the attention of one layer."""
-        found = self._attention.get(number)
-        if found is None:
-            found = self.a.attention_form(number), self.b.attention_form(number)
-            if self._keep:
-                self._attention[number] = found
-        return found
+        return self._of("attention", number, lambda side: side.attention_form(number, self._dtype))
 
     def mlp(self, number: int) -> tuple[MLPForm | None, MLPForm | None]:
         """Of the feed-forward part of one layer."""
-        found = self._mlp.get(number)
-        if found is None:
-            found = self.a.mlp_form(number, self._dtype), self.b.mlp_form(number, self._dtype)
-            if self._keep:
-                self._mlp[number] = found
-        return found
+        return self._of("mlp", number, lambda side: side.mlp_form(number, self._keep))
 
     def experts(self, number: int) -> tuple[ExpertsForm | None, ExpertsForm | None]:
         """Of the mixture of experts of one layer."""
-        found = self._experts.get(number)
-        if found is None:
-            options = number, self._keep, self._dtype
-            found = self.a.experts_form(*options), self.b.experts_form(*options)
-            if self._keep:
-                self._experts[number] = found
-        return found
+        return self._of("experts", number, lambda side: side.experts_form(number, self._keep, self._dtype))
+
+
+def _first_frame(a: Side, b: Side, using: Using) -> tuple[Frame, str, Tensor | float, str]:
+    """The frame from which the search starts, what it is called, and why the residual stream is left where it is.
+
+    With it what the tables add to every overlap of frames, [dim, dim]; or, where it stays, to the objective.
+    """
+    steps, frame = a.steps, Frame()
+    tables, distance = _table_overlap(a, b)
+    value = frame_value(frame, tables)
+    if steps.rotations == "none":
+        why = f"The frame of the residual stream is left: {steps.reason}." if using != "none" else ""
+        return frame, "same", value, why
+    found = best_frame(tables, steps.rotations)
+    if frame_value(found, tables) > value and _is_turned(a, b, found, distance):
+        return found, "turned" if found.matrix is not None else "permuted", tables, ""
+    why = (
+        f"The frame of the residual stream is kept: in it the embeddings are {distance:.2g} apart, and in no other "
+        "half as far."
+    )
+    return frame, "same", value, why
 
 
 def match(a: Side, b: Side, rounds: int, progress: Progress | None) -> Matching:
     """Look for what belongs to what."""
-    layout, steps, using = a.layout, a.steps, a.using
+    layout, using = a.layout, a.using
     number = len(layout.layers)
-    notes: list[str] = []
-    tables, distance = _table_overlap(a, b)
-    frame, kind = Frame(), "same"
-    free = steps.rotations != "none"
-    if free:
-        found = best_frame(tables, steps.rotations)
-        gained = frame_value(found, tables) - frame_value(frame, tables)
-        free = gained > 0 and _is_turned(a, b, found, distance)
-        if free:
-            frame, kind = found, "turned" if found.matrix is not None else "permuted"
-        else:
-            notes.append(
-                f"The frame of the residual stream is kept: in it the embeddings are {distance:.2g} apart, and in no "
-                "other half as far."
-            )
-    elif using != "none":
-        notes.append(f"The frame of the residual stream is left: {steps.reason}.")
+    frame, kind, tables, why = _first_frame(a, b, using)
+    give_back()
+    notes = [why] if why else []
     forms = _Forms(a, b)
+    by_head, by_neuron = (match_attention, _align_attention.frame_overlap), (match_neurons, _align_mlp.frame_overlap)
     attention: list[AttentionMatch | None] = [None] * number
     neurons: list[NeuronMatch | None] = [None] * number
     experts: list[ExpertsMatch | None] = [None] * number
     likeness: list[Tensor] = []
     history: list[float] = []
     for turn in range(rounds):
-        total, overlap = frame_value(frame, tables), tables.clone()
+        overlap = tables.clone() if isinstance(tables, Tensor) else None
+        total = tables if not isinstance(tables, Tensor) else frame_value(frame, tables)
         for layer in range(number):
             if using == "none":
                 attention[layer] = AttentionMatch(torch.arange(layout.layers[layer].attention.num_heads))
             else:
-                added = overlap if free else None
-                total += _match_attention_of(forms, layer, frame, attention, added)
+                total += _match_part(forms.attention, by_head, layer, frame, attention, overlap)
                 give_back()
-                total += _match_neurons_of(forms, layer, frame, neurons, added)
-                total += _match_experts_of(forms, layer, frame, experts, added)
+                total += _match_part(forms.mlp, by_neuron, layer, frame, neurons, overlap)
+                give_back()
+                one, two = forms.experts(layer)
+                if one is not None and two is not None:
+                    experts[layer] = mixture = match_experts(one, two, frame, experts[layer], overlap)
+                    total += mixture.value
             if progress is not None:
                 progress(turn * number + layer + 1, rounds * number)
             give_back()
         settled = bool(history) and total - history[-1] <= _SETTLED * abs(total)
         history.append(total)
-        if not free or settled or turn + 1 == rounds:
+        if overlap is None or settled or turn + 1 == rounds:
             break
-        better = best_frame(overlap, steps.rotations)
+        better = best_frame(overlap, a.steps.rotations)
         if frame_value(better, overlap) - frame_value(frame, overlap) <= _SETTLED * abs(total):
             break
         frame = better
+        del overlap, better
     if progress is not None:
         progress(rounds * number, rounds * number)
     for layer in range(number):
         one, two = forms.attention(layer)
-        likeness.append(_align_attention.head_similarity(one, two.in_frame(frame)))
-        give_back()
+        likeness.append(_align_attention.head_similarity(one, two, frame))
         if using == "gauge":
-            for which, form in (("first", one), ("second", two)):
-                notes += [f"Layer {layer} of the {which} model: {sentence}." for sentence in form.low_rank]
+            notes += [
+                f"Layer {layer} of the {which} model: {sentence}."
+                for which, form in (("first", one), ("second", two))
+                for sentence in form.low_rank
+            ]
+        del one, two
+        give_back()
     if using != "none":
         notes += _left_out(b, forms)
     orders: list[Tensor | None] = []
@@ -248,42 +257,29 @@ def match(a: Side, b: Side, rounds: int, progress: Progress | None) -> Matching:
     )
 
 
-def _match_attention_of(
-    forms: _Forms, layer: int, frame: Frame, found: list[AttentionMatch | None], overlap: Tensor | None
+def _match_part(
+    forms: Callable[[int], tuple[Any, Any]],
+    by: tuple[Callable[..., Any], Callable[..., None]],
+    layer: int,
+    frame: Frame,
+    found: list[Any],
+    overlap: Tensor | None,
 ) -> float:
-    """Match the attention of a layer, and add to the overlap of frames; the value reached."""
-    one, two = forms.attention(layer)
-    new = match_attention(one, two.in_frame(frame), found[layer])
-    found[layer] = new
-    if overlap is not None:
-        overlap += _align_attention.frame_overlap(one, two.moved_by(new)).mT
-    return new.value
+    """Match the heads or the hidden features of a layer, and add to the overlap of frames; the value reached.
 
-
-def _match_neurons_of(
-    forms: _Forms, layer: int, frame: Frame, found: list[NeuronMatch | None], overlap: Tensor | None
-) -> float:
-    """Match the hidden features of a layer likewise."""
-    one, two = forms.mlp(layer)
+    Args:
+        forms: gives those of both models; None for what a layer does not have.
+        by: what matches them, and what adds to the overlap.
+        layer, frame, overlap: as of `match`.
+        found: of each layer, the match from which the value never falls; replaced.
+    """
+    one, two = forms(layer)
     if one is None or two is None:
         return 0.0
-    new = match_neurons(one, two.in_frame(frame), found[layer])
-    found[layer] = new
+    found[layer] = by[0](one, two, found[layer], frame)
     if overlap is not None:
-        overlap += _align_mlp.frame_overlap(one, two, new).mT
-    return new.value
-
-
-def _match_experts_of(
-    forms: _Forms, layer: int, frame: Frame, found: list[ExpertsMatch | None], overlap: Tensor | None
-) -> float:
-    """Match the experts of a layer likewise."""
-    one, two = forms.experts(layer)
-    if one is None or two is None:
-        return 0.0
-    new = match_experts(one, two, frame, found[layer], overlap)
-    found[layer] = new
-    return new.value
+        by[1](one, two, found[layer], overlap)
+    return found[layer].value
 
 
 def _is_turned(a: Side, b: Side, frame: Frame, before: float) -> bool:

@@ -227,8 +227,8 @@ def align_weights(
     Args:
         layout: of both models.
         a, b: their tensors.
-        out: a mapping in which every tensor of the layout is set once, in float64 (large tables in float32 where that
-            is what they are stored in).
+        out: a mapping in which every tensor of the layout is set once, in float64 (large ones in float32 where no more
+            is stored, or, of weights that tell their dtypes, in these).
         matching: of `match_weights`.
         transforms: where the factors are kept, layer by layer; None: in memory.
         progress: called with the number of layers done and of all.

@@ -47,8 +47,9 @@ def merge_weights(
     Args:
         layout: of both models.
         a, b: their tensors, as they are stored: no aligned copy is needed.
-        out: a mapping in which every tensor of the layout is set once, in float64 (large tables in float32 where that
-            is what they are stored in).
+        out: a mapping in which every tensor of the layout is set once, in float64; large ones in float32 where no more
+            is stored, or as ``out`` keeps them where it has ``dtype``; tables some rows at a time where it has
+            ``put_rows``.
         weight: of the second, from 0 to 1. At 0 what is written are the tensors of a.
         matching: of `erlangen.gauge.align.match_weights`.
         progress: called with the number of layers done and of all.
