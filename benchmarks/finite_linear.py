@@ -6,6 +6,9 @@ representation, a multiple of 8, in as out; the baseline is the dense layer in t
 inverse speed-up. ``config_json`` has the theoretical factor of the linear maps (fewer multiplications, see
 ``erlangen.finite.linear``), the measured one and their quotient.
 
+"products" are the matrix products of the equivariant layer alone, into memory that is there, five times in a row on the
+same numbers: beside a dense product done likewise they say what the smaller products cost by themselves.
+
 A fresh result of 32 MB or more costs the system a page fault for each 4 kB of it, as long as the C library gives freed
 memory back at once. By default the benchmark starts itself again with settings of glibc that keep it (what a caching
 allocator does on a GPU), for both sides; with ``--memory returned`` it does not.
@@ -69,6 +72,29 @@ def passes(layer: Callable, x: torch.Tensor) -> dict[str, Callable]:
     return {"forward": forward, "forward + backward": lambda: torch.autograd.grad(layer(leaf), parameters, g)}
 
 
+def products(group: PermutationGroup, copies: int, num_tokens: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Five times the products of an equivariant layer, in as out, and of a dense one."""
+    width = group.order * copies
+    x, y, dense = torch.randn(num_tokens, width), torch.empty(num_tokens, width), torch.randn(width, width)
+    calls, start = [], 0
+    for irrep in group.irreps:
+        size = irrep.dimension * copies
+        weight = torch.randn(size, size)
+        for _ in range(irrep.dimension // irrep.endo):
+            calls.append((x[:, start : start + size], weight, y[:, start : start + size]))
+            start += size
+    assert start == width
+
+    def repeated(calls: list[tuple[Tensor, Tensor, Tensor]]) -> Callable[[], None]:
+        def call() -> None:
+            for inputs, weight, out in 5 * calls:
+                torch.mm(inputs, weight, out=out)
+
+        return call
+
+    return repeated(calls), repeated([(x, dense, y)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", nargs="+", default=["reverse_complement(6)", "symmetric(3)", "dihedral(4)"])
@@ -77,7 +103,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", nargs="+", choices=("linear", "block"), default=["linear", "block"])
+    parser.add_argument("--layers", nargs="+", choices=("linear", "block", "products"), default=["linear", "block"])
     parser.add_argument(
         "--memory", choices=("kept", "returned"), default="kept", help="what the C library does with it"
     )
@@ -106,8 +132,11 @@ def run(group: PermutationGroup, channels: int, tokens: int, arguments: argparse
             heads -= group.order
         pairs["block"] = EquivariantBlock(group, dim, heads, generator=generator), DenseBlock(dim, heads)
     rows = []
-    for what, (layer, dense) in pairs.items():
-        ours, theirs = passes(layer, x), passes(dense, x)
+    cases = {what: (passes(layer, x), passes(dense, x)) for what, (layer, dense) in pairs.items()}
+    if "products" in arguments.layers:
+        blocks, whole = products(group, copies, tokens)
+        cases["products"] = {"forward": blocks}, {"forward": whole}
+    for what, (ours, theirs) in cases.items():
         for which in ours:
             calls = {f"equivariant {what}": ours[which], f"dense {what}": theirs[which]}
             timings = record.time_interleaved(calls, f"dense {what}", rounds=arguments.rounds)

@@ -1,7 +1,12 @@
 """What the tests of several families share."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, which reads it then
 
 
 @pytest.fixture

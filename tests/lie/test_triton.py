@@ -24,11 +24,9 @@ H, D, E = 2, 5, 3  # of them no one is a power of 2 that `tl.dot` takes
 
 
 @pytest.fixture(autouse=True)
-def interpreter(request, monkeypatch):
+def there_is_triton(request):
     if importlib.util.find_spec("triton") is None and "refused" not in request.node.name:
         pytest.skip("the package triton is not installed")
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def problem(group, generator, *, num_queries=17, num_keys=None, batch=1, heads=1, displaced=False, content=False):
