@@ -12,9 +12,9 @@ from erlangen.lm import BreakingConfig
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "erlangen", "train"]
 
 
-def run_on_two(line, *more):
-    line = [*line, "--precision", "float64", "--breaking.enabled", "--accumulation", "2", *more]
-    return subprocess.run([line[0], *TWO, *line[4:]], check=True, capture_output=True, text=True)
+def run_on_two(line, **options):
+    result = subprocess.run([line[0], *TWO, *line[4:]], capture_output=True, text=True, **options)
+    assert result.returncode == 0, result.stderr
 
 
 def read(folder):
@@ -43,7 +43,8 @@ def test_two_processes_equal_one_and_resume_on_one(small, command, parallel, opt
     )
     whole = lm.train(replace(config, out=config.out.with_name("whole")))
     # The first six steps on two processes, under the same schedule ...
-    run_on_two(command(replace(config, checkpoint_every=6)), "--parallel", parallel)
+    more = ["--precision", "float64", "--breaking.enabled", "--accumulation", "2", "--parallel", parallel]
+    run_on_two([*command(replace(config, checkpoint_every=6)), *more])
     assert_same(read(config.out), whole.records)
     # ... and the last four on one, from what the two had written.
     newest = config.out / "step-00000010"
@@ -59,7 +60,7 @@ def test_two_processes_equal_one_and_resume_on_one(small, command, parallel, opt
 def test_processes_agree_on_a_folder(small, command, tmp_path):
     line = command(small(steps=2))
     line[line.index("--out") : line.index("--out") + 2] = []
-    subprocess.run([line[0], *TWO, *line[4:]], check=True, capture_output=True, cwd=tmp_path)
+    run_on_two(line, cwd=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(list(folder.glob("step-*/*.safetensors"))) == 2
     assert lm.load(folder).config.dim == 16
