@@ -124,11 +124,15 @@ def _head_figures(record: MergeRecord) -> list[str | report.Figure | report.Tabl
     ]
     layer = most_mixed(record)
     if len(record.heads[layer]) <= MAX_HEADS:
-        body.append(all_heads(
-            record.head_similarity[layer],
-            f"Layer {layer}, where most heads stood at another place: every head of the first model with every head of "
-            "the second.",
-        ))  # fmt: skip
+        which = f"Layer {layer}"
+        if record.heads_moved[layer]:
+            which += ", where most heads stood at another place"
+        body.append(
+            all_heads(
+                record.head_similarity[layer],
+                f"{which}: every head of the first model with every head of the second.",
+            )
+        )
     return body
 
 
