@@ -5,6 +5,7 @@ import torch
 from tiled_cases import H, attend, poses, problem
 
 from erlangen.lie import SE2, SE3, SO3, Aff2, Product, Translation, _geometry, _neighbours, _skipping, _tiled
+from erlangen.lie._workspace import Workspace
 from erlangen.lie.attention import lie_attention, lie_weights, morton_order
 
 
@@ -179,7 +180,7 @@ def test_far_from_the_origin_a_bound_is_still_one(group, displaced, generator):
     scale, value = torch.full((H, len(group.blocks)), 50.0), torch.zeros(1, H, 16, 4)
     tiles = _tiled.Tiles(
         query, key, scale, value, None, None, None, str(group), "principal", "error", False, False, False,
-        fused=False, space=_tiled.Workspace(),
+        fused=False, space=Workspace(),
     )  # fmt: skip
     every = slice(0, 16)
     scores = tiles.scores(tiles.norms(slice(0, 1), every, every)[0])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ._geometry import PairGeometry, Room, pair_geometry
+from ._geometry import PairGeometry, pair_geometry
+from ._workspace import Room
 from .groups import parse
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from . import _quaternion
 from ._base import Group
+from ._workspace import Room
 from .affine import Affine, Translation
 from .linear import Rotations
 from .product import Product
@@ -67,13 +68,13 @@ class PairGeometry(ABC):
         return Block(packed, axis)
 
     @abstractmethod
-    def norms(self, query: Any, key: Any, room: "Room") -> tuple[list[Tensor], tuple]:
+    def norms(self, query: Any, key: Any, room: Room) -> tuple[list[Tensor], tuple]:
         """An array [B, G, Q, K] for each block of the algebra, and what ``vjp`` needs, which is of use only if the room
         was cleared to keep it. All of it lives until the room is cleared again.
         """
 
     @abstractmethod
-    def vjp(self, saved: tuple, grads: list[Tensor], room: "Room") -> tuple[Tensor, Tensor]:
+    def vjp(self, saved: tuple, grads: list[Tensor], room: Room) -> tuple[Tensor, Tensor]:
         """Gradients of the packed queries and keys, given those of the arrays. It overwrites what was saved."""
 
     def positions(self, packed: Tensor) -> list[tuple[int, Tensor]]:
@@ -93,50 +94,6 @@ class Block:
     def __init__(self, packed: Tensor, axis: int) -> None:
         self.packed = packed
         self.numbers = [x.unsqueeze(axis) for x in packed.unbind(-2)]
-
-
-class Room:
-    """Memory for the arrays of one tile, used again for the next.
-
-    The allocator would give a large array back to the system each time, and touching its pages anew takes longer than
-    the arithmetic does; and the fewer arrays are in use, the more of them stay in the cache.
-    """
-
-    def __init__(self) -> None:
-        self._memory: list[Tensor] = []
-        self._shape: tuple[int, ...] = ()
-
-    def clear(self, like: Tensor, shape: tuple[int, ...], keep: bool) -> None:
-        """Start anew, with arrays of this shape. Without ``keep``, what is let go is used again within the tile."""
-        if shape != self._shape:
-            size = math.prod(shape)
-            self._memory = [array for array in self._memory if array.numel() >= size]
-            self._mine = [array[:size].view(shape) for array in self._memory]
-        self._like, self._shape, self._keep = like, shape, keep
-        self._free = self._mine[::-1]
-
-    def __call__(self) -> Tensor:
-        """An array [B, G, Q, K] of unspecified contents."""
-        if not self._free:
-            self._memory.append(memory_like(self._like, math.prod(self._shape)))
-            self._mine.append(self._memory[-1].view(self._shape))
-            return self._mine[-1]
-        return self._free.pop()
-
-    def let_go(self, *arrays: Tensor) -> None:
-        """Say that ``norms`` needs these no longer; `vjp` may."""
-        if not self._keep:
-            self._free.extend(arrays)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(array.nbytes for array in self._memory)
-
-
-def memory_like(like: Tensor, size: int) -> Tensor:
-    """A tensor [size] of unspecified contents, which may be used outside of ``torch.inference_mode`` too."""
-    with torch.inference_mode(False):
-        return like.new_empty(size)
 
 
 def pair_geometry(group: Group, chart: str, tangents: bool = False) -> PairGeometry:

@@ -8,7 +8,8 @@ from torch import Tensor
 from ._base import Group
 from ._geometry import pair_geometry
 from ._skipping import SkippingTiles
-from ._tiled import Tiles, Workspace, workspace
+from ._tiled import Tiles
+from ._workspace import Workspace, workspace
 from .groups import parse
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from . import _tiled
 from ._neighbours import Tree, in_batches, near_leaves, nearest_leaves
-from ._tiled import Tiles, Workspace
+from ._tiled import Tiles
+from ._workspace import Workspace
 
 _GROUP = 2  # leaves of a block of queries
 _NEAREST = 8  # leaves from which a row's weight is bounded from below

@@ -21,9 +21,7 @@ algebra, P numbers a packed pose. Inside of a tile batch and heads are one axis.
 """
 
 import math
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +30,8 @@ from torch import Tensor
 
 from ._base import outside_message
 from ._fused import filled, fused_geometry
-from ._geometry import ByLogarithm, Room, memory_like, pair_geometry
+from ._geometry import ByLogarithm, pair_geometry
+from ._workspace import Workspace
 from .groups import parse
 
 _ELEMENTS = 1 << 19  # of the weights of a tile
@@ -44,43 +43,6 @@ class _Limits(NamedTuple):
 
 
 _LIMITS = {torch.float32: _Limits(-80.0, -46.0), torch.float64: _Limits(-650.0, -460.0)}
-
-
-class Workspace:
-    """Memory that tiles use one after the other: a `Room` for the geometry, and pieces by number for the rest."""
-
-    def __init__(self) -> None:
-        self.room = Room()
-        self._pieces: dict[int, Tensor] = {}
-
-    def piece(self, which: int, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of unspecified contents, that lives until the next of this number."""
-        size = math.prod(shape)
-        if which not in self._pieces or self._pieces[which].numel() < size:
-            self._pieces[which] = memory_like(like, size)
-        return self._pieces[which][:size].view(shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.room.num_bytes + sum(piece.nbytes for piece in self._pieces.values())
-
-
-_KEPT_BYTES = 1 << 25
-_kept = threading.local()
-
-
-@contextmanager
-def workspace(like: Tensor) -> Iterator[Workspace]:
-    """That of the last call of this thread and dtype, on a CPU: what goes back to the system has to be mapped anew,
-    page by page, which takes a fifth of the time of 2,000 poses. At most 32 MB are kept, for each.
-    """
-    kept = vars(_kept) if like.device.type == "cpu" else {}
-    mine = kept.pop(str(like.dtype), None) or Workspace()
-    try:
-        yield mine
-    finally:
-        if mine.num_bytes <= _KEPT_BYTES:
-            kept[str(like.dtype)] = mine
 
 
 class Tiles:
