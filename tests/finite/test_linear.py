@@ -219,6 +219,36 @@ def test_products_of_blocks_are_the_reference(product, generator):
         torch.library.opcheck(product, (x, weights, bias, *places))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "places", [([0, 128], [0, 128], [2, 2], 384), ([1, 131], [5, 133], [1, 4], 391), None], ids=str
+)
+def test_products_of_many_tokens_are_the_reference(places, threads, generator):
+    """In float32 on a CPU they are convolutions: stacks used once and often, gaps, and one stack that is everything."""
+    sizes = [(2, 32, 32), (1, 64, 64)]
+    if places is None:
+        sizes, places = [(2, 64, 64)], ([0], [0], [1], 128)
+    weights = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    x = torch.randn(300, 400, generator=generator, dtype=torch.float64)
+    leaves = [x, *weights, torch.randn(sizes[0][1], generator=generator, dtype=torch.float64)]
+    g = torch.randn(300, places[-1], generator=generator, dtype=torch.float64)
+
+    def results(function, dtype):
+        own = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        y = function(own[0], own[1:-1], own[-1], *places)
+        return [y, *torch.autograd.grad(y, own, g.to(dtype))]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for function in (block_linear, block_linear_operator):
+            for actual, wanted in zip(results(function, torch.float32), results(block_linear_reference, torch.float64)):
+                assert (actual.double() - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+                assert (actual.double() - wanted.flip(-1)).abs().max() > 0.1 * wanted.abs().max()
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("group", [named.dihedral(4), named.alternating(4)], ids=str)
 def test_other_ways_to_call_it(group, generator):
     """Function transforms, autocast, strided input, an empty batch, one vector; the layer copied and loaded."""

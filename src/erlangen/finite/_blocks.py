@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# It means nothing to a kernel of one pixel, but torch leaves the undilated one to oneDNN on several threads only.
+_DILATION = 2
+
 
 def block_linear_reference(
     x_TD: Tensor,
@@ -63,6 +66,36 @@ def _pieces(x_TD: Tensor, start: int, count: int, size: int) -> Tensor:
     return x_TD[:, start : start + count * size].unflatten(1, (count, size)).transpose(0, 1)
 
 
+def _convolves(x_TD: Tensor, n_in: int, n_out: int) -> bool:
+    """Whether a convolution of width 1 is the faster product.
+
+    For float32 on a CPU torch hands it to oneDNN and matrix products to MKL, which does not use all of the vector units
+    of a processor of another make. Few tokens or narrow blocks do not make up for what a convolution prepares.
+    """
+    wide_enough = len(x_TD) >= 256 and min(n_in, n_out) >= 32
+    return (
+        wide_enough
+        and x_TD.device.type == "cpu"
+        and x_TD.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def _image(x_TD: Tensor, k: int, r: int) -> Tensor:
+    """[T, k r n] as the input of a convolution in k groups, [1, k n, T r, 1] with channels last."""
+    pixels = x_TD.unflatten(1, (k, r, -1)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return pixels[None, :, None].permute(0, 3, 1, 2)
+
+
+def _convolved(x_TD: Tensor, weight_KOI: Tensor, bias: Tensor | None, r: int) -> Tensor:
+    """Products of one stack, as [T, K, r, n_out]; the bias, of one piece, is added to the first."""
+    k, n_out, n_in = weight_KOI.shape
+    if bias is not None:
+        bias = F.pad(bias, (0, k * n_out - len(bias)))
+    image = F.conv2d(_image(x_TD, k, r), weight_KOI.reshape(k * n_out, n_in, 1, 1), bias, dilation=_DILATION, groups=k)
+    return image.permute(0, 2, 3, 1).reshape(-1, r, k, n_out).transpose(1, 2)
+
+
 def _product(
     x_TD: Tensor,
     weights_KOI: list[Tensor],
@@ -72,18 +105,28 @@ def _product(
     repeats: list[int],
     width: int,
 ) -> Tensor:
-    """Each product reads columns of x and writes columns of the result where they are; slices and a concatenation would
-    cost as much as the products from 1,000 channels down.
+    """Matrix products read columns of x and write columns of the result where they are; slices and a concatenation
+    would cost as much as the products from 1,000 channels down. A convolution is so much faster that it may be copied.
     """
     columns = sum(len(weight) * r * weight.shape[1] for weight, r in zip(weights_KOI, repeats))
     y_TD = (x_TD.new_empty if columns == width else x_TD.new_zeros)(len(x_TD), width)
     for weight, start_in, start_out, r in zip(weights_KOI, starts_in, starts_out, repeats):
         k, n_out, n_in = weight.shape
+        own = None  # a product that adds its bias beats a sum afterwards
+        if bias is not None and start_out == 0 and r == 1 and len(bias) == n_out:
+            own, bias = bias, None
+        if _convolves(x_TD, n_in, n_out):
+            product = _convolved(x_TD[:, start_in : start_in + k * r * n_in], weight, own, r)
+            if k * r * n_out == width:
+                y_TD = product.flatten(1)
+            else:
+                y_TD[:, start_out : start_out + k * r * n_out].unflatten(1, (k, r, n_out)).copy_(product)
+            continue
         inputs, outputs = _pieces(x_TD, start_in, k * r, n_in), _pieces(y_TD, start_out, k * r, n_out)
         weight = weight.mT if r == 1 else weight.mT[:, None].expand(k, r, n_in, n_out).flatten(0, 1)
-        if bias is not None and start_out == 0 and len(bias) == n_out:  # a product that adds beats a sum afterwards
-            torch.addmm(bias, inputs[0], weight[0], out=outputs[0])
-            inputs, outputs, weight, bias = inputs[1:], outputs[1:], weight[1:], None
+        if own is not None:
+            torch.addmm(own, inputs[0], weight[0], out=outputs[0])
+            inputs, outputs, weight = inputs[1:], outputs[1:], weight[1:]
         if len(weight):
             torch.bmm(inputs, weight, out=outputs)
     if bias is not None:
@@ -104,6 +147,14 @@ def _weight_gradients(
     """Gradients of the weights, [K, n_out, n_in] each: Σ_t g_t x_tᵀ over tokens and repeats."""
     found = []
     for n_in, n_out, k, start_in, start_out, r in zip(inner, outer, counts, starts_in, starts_out, repeats):
+        if k == 1 and _convolves(x_TD, n_in, n_out):  # of several groups it is slower than matrix products
+            images = (
+                _image(x_TD[:, start_in : start_in + r * n_in], 1, r),
+                _image(g_TD[:, start_out : start_out + r * n_out], 1, r),
+            )
+            sums = torch.nn.grad.conv2d_weight(images[0], (n_out, n_in, 1, 1), images[1], dilation=_DILATION)
+            found.append(sums.reshape(1, n_out, n_in))
+            continue
         sums = _pieces(g_TD, start_out, k * r, n_out).mT @ _pieces(x_TD, start_in, k * r, n_in)
         found.append(sums if r == 1 else sums.unflatten(0, (k, r)).sum(1))
     return found
