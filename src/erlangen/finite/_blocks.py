@@ -88,12 +88,38 @@ def _image(x_TD: Tensor, k: int, r: int) -> Tensor:
 
 
 def _convolved(x_TD: Tensor, weight_KOI: Tensor, bias: Tensor | None, r: int) -> Tensor:
-    """Products of one stack, as [T, K, r, n_out]; the bias, of one piece, is added to the first."""
+    """Products of one stack, as [T, K, r, n_out]; the bias is added to the first columns (r = 1)."""
     k, n_out, n_in = weight_KOI.shape
     if bias is not None:
         bias = F.pad(bias, (0, k * n_out - len(bias)))
     image = F.conv2d(_image(x_TD, k, r), weight_KOI.reshape(k * n_out, n_in, 1, 1), bias, dilation=_DILATION, groups=k)
     return image.permute(0, 2, 3, 1).reshape(-1, r, k, n_out).transpose(1, 2)
+
+
+def _merged(
+    weights_KOI: list[Tensor], starts_in: list[int], starts_out: list[int], repeats: list[int]
+) -> Tensor | None:
+    """The stacks as one of groups as wide as the widest block, narrow blocks side by side on a group's diagonal.
+
+    None: they do not follow each other, do not fill groups, or it would take over half as many multiplications again.
+    """
+    wide_out, wide_in = (max(weight.shape[axis] for weight in weights_KOI) for axis in (1, 2))
+    groups, needed, reached = [], 0, (0, 0)
+    for weight, start_in, start_out, r in zip(weights_KOI, starts_in, starts_out, repeats):
+        k, n_out, n_in = weight.shape
+        m = wide_out // n_out
+        if (start_in, start_out) != reached or (m * n_out, m * n_in) != (wide_out, wide_in) or k * r % m:
+            return None
+        reached = (start_in + k * r * n_in, start_out + k * r * n_out)
+        needed += k * r * n_out * n_in
+        pieces = weight if r == 1 else weight[:, None].expand(k, r, n_out, n_in).flatten(0, 1)
+        if m > 1:
+            blocks = weight.new_zeros(k * r // m, m, n_out, m, n_in)
+            blocks.diagonal(dim1=1, dim2=3).copy_(pieces.unflatten(0, (-1, m)).permute(0, 2, 3, 1))
+            pieces = blocks.flatten(3, 4).flatten(1, 2)
+        groups.append(pieces)
+    number = sum(map(len, groups))
+    return None if 2 * number * wide_out * wide_in > 3 * needed else torch.cat(groups)
 
 
 def _product(
@@ -108,14 +134,21 @@ def _product(
     """Matrix products read columns of x and write columns of the result where they are; slices and a concatenation
     would cost as much as the products from 1,000 channels down. A convolution is so much faster that it may be copied.
     """
+    if len(weights_KOI) > 1 and _convolves(
+        x_TD, *(max(weight.shape[axis] for weight in weights_KOI) for axis in (2, 1))
+    ):
+        merged = _merged(weights_KOI, starts_in, starts_out, repeats)
+        if merged is not None:
+            weights_KOI, starts_in, starts_out, repeats = [merged], [0], [0], [1]
     columns = sum(len(weight) * r * weight.shape[1] for weight, r in zip(weights_KOI, repeats))
     y_TD = (x_TD.new_empty if columns == width else x_TD.new_zeros)(len(x_TD), width)
     for weight, start_in, start_out, r in zip(weights_KOI, starts_in, starts_out, repeats):
         k, n_out, n_in = weight.shape
-        own = None  # a product that adds its bias beats a sum afterwards
-        if bias is not None and start_out == 0 and r == 1 and len(bias) == n_out:
-            own, bias = bias, None
-        if _convolves(x_TD, n_in, n_out):
+        convolves, own = _convolves(x_TD, n_in, n_out), None
+        if bias is not None and (start_out, r) == (0, 1):
+            if len(bias) == n_out or (convolves and len(bias) < k * n_out):
+                own, bias = bias, None  # a product that adds it beats a sum afterwards
+        if convolves:
             product = _convolved(x_TD[:, start_in : start_in + k * r * n_in], weight, own, r)
             if k * r * n_out == width:
                 y_TD = product.flatten(1)
