@@ -227,7 +227,7 @@ def test_products_of_many_tokens_are_the_reference(places, threads, generator):
     if places is None:
         sizes, places = [(2, 64, 64)], ([0], [0], [1], 128)
     weights = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
-    x = torch.randn(300, 400, generator=generator, dtype=torch.float64)
+    x = torch.randn(300, 410, generator=generator, dtype=torch.float64)
     leaves = [x, *weights, torch.randn(sizes[0][1], generator=generator, dtype=torch.float64)]
     g = torch.randn(300, places[-1], generator=generator, dtype=torch.float64)
 

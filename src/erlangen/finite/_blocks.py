@@ -104,7 +104,7 @@ def _merged(
     None: they do not follow each other, do not fill groups, or it would take over half as many multiplications again.
     """
     wide_out, wide_in = (max(weight.shape[axis] for weight in weights_KOI) for axis in (1, 2))
-    groups, needed, reached = [], 0, (0, 0)
+    side_by_side, needed, reached = [], 0, (0, 0)
     for weight, start_in, start_out, r in zip(weights_KOI, starts_in, starts_out, repeats):
         k, n_out, n_in = weight.shape
         m = wide_out // n_out
@@ -112,14 +112,17 @@ def _merged(
             return None
         reached = (start_in + k * r * n_in, start_out + k * r * n_out)
         needed += k * r * n_out * n_in
-        pieces = weight if r == 1 else weight[:, None].expand(k, r, n_out, n_in).flatten(0, 1)
-        if m > 1:
-            blocks = weight.new_zeros(k * r // m, m, n_out, m, n_in)
-            blocks.diagonal(dim1=1, dim2=3).copy_(pieces.unflatten(0, (-1, m)).permute(0, 2, 3, 1))
-            pieces = blocks.flatten(3, 4).flatten(1, 2)
-        groups.append(pieces)
-    number = sum(map(len, groups))
-    return None if 2 * number * wide_out * wide_in > 3 * needed else torch.cat(groups)
+        side_by_side.append(m)
+    number = reached[1] // wide_out
+    if 2 * number * wide_out * wide_in > 3 * needed:
+        return None
+    merged, first = weights_KOI[0].new_zeros(number, wide_out, wide_in), 0
+    for weight, r, m in zip(weights_KOI, repeats, side_by_side):
+        k, n_out, n_in = weight.shape
+        groups = merged[first : first + k * r // m].view(k * r // m, m, n_out, m, n_in)
+        groups.diagonal(dim1=1, dim2=3).copy_(weight.repeat_interleave(r, 0).unflatten(0, (-1, m)).permute(0, 2, 3, 1))
+        first += k * r // m
+    return merged
 
 
 def _product(
@@ -145,9 +148,9 @@ def _product(
     for weight, start_in, start_out, r in zip(weights_KOI, starts_in, starts_out, repeats):
         k, n_out, n_in = weight.shape
         convolves, own = _convolves(x_TD, n_in, n_out), None
-        if bias is not None and (start_out, r) == (0, 1):
-            if len(bias) == n_out or (convolves and len(bias) < k * n_out):
-                own, bias = bias, None  # a product that adds it beats a sum afterwards
+        fits = bias is not None and (len(bias) == n_out or (convolves and len(bias) < k * n_out))
+        if fits and (start_out, r) == (0, 1):
+            own, bias = bias, None  # a product that adds it beats a sum afterwards
         if convolves:
             product = _convolved(x_TD[:, start_in : start_in + k * r * n_in], weight, own, r)
             if k * r * n_out == width:
