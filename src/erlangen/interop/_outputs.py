@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from erlangen import _extras
 from erlangen.gauge._outputs import DTYPES as DTYPES
 from erlangen.gauge._outputs import Float64
+from erlangen.gauge._weights import give_back
 
 _CHUNK = 1 << 22  # bytes of a map's rows that are held at a time
 
@@ -127,16 +128,16 @@ def _attach(
     if type(module) is nn.Linear:
 
         def forward(self: nn.Linear, inputs: Tensor) -> Tensor:
+            give_back()
             [stored] = own["weight"]
             step = max(1, _CHUNK // (dtype.itemsize * max(1, self.in_features)))
             bias = load("bias") if "bias" in own else None
-            parts = [
-                F.linear(
-                    inputs, read(stored, first, first + step), None if bias is None else bias[first : first + step]
-                )
-                for first in range(0, self.out_features, step)
-            ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            found = inputs.new_empty(*inputs.shape[:-1], self.out_features)
+            for first in range(0, self.out_features, step):
+                part = slice(first, first + step)
+                weight = read(stored, part.start, part.stop)
+                found[..., part] = F.linear(inputs, weight, None if bias is None else bias[part])
+            return found
 
         module.forward = types.MethodType(forward, module)
         return
