@@ -79,15 +79,19 @@ def compared(before: Mapping[str, Tensor], after: Mapping[str, Tensor], checked:
     """The fields of a `Certificate` that say how outputs compare.
 
     Args:
-        before, after: dtype ("float64", "float32", "bfloat16") -> outputs.
+        before, after: dtype ("float64", "float32", "bfloat16") -> outputs; each is asked for when it is needed, so that
+            a mapping that reads from the disk has two of them in memory.
         checked: what they were computed on.
     """
-    exact = before["float64"]
+
+    def largest(x: Tensor, y: Tensor) -> float:
+        return (x - y).abs_().max().item()
+
     return {
-        "max_logit_difference": {name: (after[name] - before[name]).abs().max().item() for name in before},
-        "logit_scale": exact.square().mean().sqrt().item(),
+        "max_logit_difference": {name: largest(after[name], before[name]) for name in before},
+        "logit_scale": before["float64"].square().mean().sqrt().item(),
         "rounding": {
-            when: {name: (x - values["float64"]).abs().max().item() for name, x in values.items() if name != "float64"}
+            when: {name: largest(values[name], values["float64"]) for name in values if name != "float64"}
             for when, values in (("before", before), ("after", after))
         },
         "checked": checked,

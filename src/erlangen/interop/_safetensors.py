@@ -248,7 +248,7 @@ class Spool(MutableMapping[str, Tensor]):
     `save`.
 
     Args:
-        path: of that file; `save` removes it.
+        path: of that file; `save` and `remove` remove it.
 
     Raises:
         FileExistsError: it is there.
@@ -295,8 +295,12 @@ class Spool(MutableMapping[str, Tensor]):
             file.truncate(max([len(header), *(entry.stop for entry in entries.values())]))
         saved = TensorFile(path, header, {"format": "pt"}, entries)
         copy(TensorFile(self._path, b"", {}, self._entries), saved, entries)
-        self._path.unlink()
+        self.remove()
         return saved
+
+    def remove(self) -> None:
+        """Remove the file; nothing is set or read here after that."""
+        self._path.unlink()
 
 
 def to_disk(paths: Iterable[Path]) -> None:

@@ -556,20 +556,22 @@ def canonicalize_folder(
         if progress is not None:
             progress(done, num_steps)
 
-    def run(weights: Checkpoint | FolderWeights) -> dict[str, Tensor]:
-        shifted, found = plan(layout, logit_shift=logit_shift).logit_shift, {}
+    def run(weights: Checkpoint | FolderWeights, found: files.Spool) -> None:
+        shifted = plan(layout, logit_shift=logit_shift).logit_shift
         for name, dtype in _outputs.DTYPES.items():
             x = _outputs.outputs(weights, weights.folder, given, dtype)
-            found[name] = x - x.mean(dim=-1, keepdim=True) if shifted else x
+            found[name] = x.sub_(x.mean(dim=-1, keepdim=True)) if shifted else x
             step()
-        return found
 
     given = _outputs.generated_inputs(checkpoint.config, layout.vocab_size) if inputs is None else inputs
-    before, reason = None, "outputs were not compared"
+    reason = "outputs were not compared"
     with rewriting(checkpoint, output, added=added, config=config) as weights:
+        # On the disk, for the logits of all dtypes may be larger than a layer.
+        before, after = (files.Spool(weights.folder / f"outputs-{when}{WRITING}") for when in ("before", "after"))
         if check:
             try:
-                before = run(checkpoint)
+                run(checkpoint, before)
+                reason = ""
             except ImportError:
                 reason += ": transformers is not installed (pip install 'erlangen[hf]')"
             except Exception as error:
@@ -587,10 +589,13 @@ def canonicalize_folder(
         _, left = other_files(checkpoint.folder)
         if left:
             certificate.folded.append(f"Left behind, for they hold other weights or states of training: {named(left)}.")
-        if before is not None:
+        if not reason:
+            run(weights, after)
             sizes = f"{list(given.shape)} token ids" if isinstance(given, Tensor) else "the inputs given"
-            for name, value in compared(before, run(weights), sizes).items():
+            for name, value in compared(before, after, sizes).items():
                 setattr(certificate, name, value)
+        before.remove()
+        after.remove()
         (weights.folder / RECORD).write_text(certificate.to_json() + "\n", encoding="utf-8")
         factors.save(weights.folder / TRANSFORMS)
     certificate.transforms = files.Tensors(files.open_file(Path(output) / TRANSFORMS))
