@@ -67,6 +67,7 @@ def test_families(name, tmp_path):
     assert certificate.max_logit_difference["float64"] < 1e-5 * certificate.logit_scale
     assert certificate.max_logit_difference.keys() == {"float64", "float32", "bfloat16"}
     assert "token ids" in certificate.checked
+    assert not list(tmp_path.rglob("*.writing"))
     # the record on disk is that of the certificate
     stored = gauge.Certificate.from_json(
         (tmp_path / "out" / RECORD).read_text(), load_file(tmp_path / "out" / TRANSFORMS)
@@ -151,6 +152,7 @@ def test_without_a_comparison_the_certificate_says_why(tmp_path, monkeypatch):
     certificate = canonicalize_folder(folder, tmp_path / "two")
     assert "transformers is not installed" in certificate.checked and not certificate.max_logit_difference
     assert "not installed" in str(certificate) and "not installed" in (tmp_path / "two" / RECORD).read_text()
+    assert not list(tmp_path.rglob("*.writing"))
 
 
 def test_progress_reaches_its_end(tmp_path):

@@ -113,6 +113,8 @@ def test_a_spool_of_nothing(tmp_path):
     assert load_file(tmp_path / "saved.safetensors") == {}
     with pytest.raises(FileExistsError):
         files.Spool(tmp_path / "spool").save(tmp_path / "saved.safetensors")
+    files.Spool(tmp_path / "other").remove()
+    assert not (tmp_path / "other").exists()
 
 
 def header(table, length=None, data=b""):
