@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from erlangen import breaking, gauge
+from erlangen.lm.distributed import leave
 
 transformers = pytest.importorskip("transformers")
 from tiny_transformers import MODELS, InFloat64, make, outputs, some_tokens  # noqa: E402
@@ -188,6 +189,8 @@ def test_compiles_without_a_graph_break(name, rotary, backend):
 def on_two(rank, folder):
     import torch.distributed as dist
 
+    # OpenMP's threads do not live on in a process that was forked.
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = train(broken("gpt2"))
     wrapped = nn.parallel.DistributedDataParallel(model)
@@ -197,7 +200,7 @@ def on_two(rank, folder):
         wrapped(input_ids=some_tokens()[2 * rank :][:2], labels=some_tokens()[2 * rank :][:2]).loss.backward()
         draws.append(model.symmetry_breaking.current.clone())
     torch.save([*draws, *(p.grad for p in model.parameters())], f"{folder}/{rank}")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_processes_share_the_draws(tmp_path):

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import erlangen as er
 from erlangen.interop import trainer as parts
+from erlangen.lm.distributed import leave
 
 TEXT = Path(inspect.getfile(er.gauge.HeadLayout)).read_bytes()  # English and Python, wherever the tests run
 
@@ -112,6 +113,8 @@ def on_two_processes(run, folder, **settings):
 
 def _join(rank, port, run, folder, settings):
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
+    # OpenMP's threads do not live on in a process that was forked; accelerate sets their number where this is not said.
+    world["OMP_NUM_THREADS"] = 1
     os.environ.update({name: str(value) for name, value in world.items()})
     torch.set_num_threads(1)
     # What accelerate remembers of the process that this one was forked from.
@@ -121,4 +124,4 @@ def _join(rank, port, run, folder, settings):
         run(folder / str(rank), **settings)
     finally:
         if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            leave()

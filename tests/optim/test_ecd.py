@@ -376,6 +376,7 @@ FSDP = """
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.device_mesh import init_device_mesh
+    from erlangen.lm.distributed import leave
     from erlangen.optim import ECD
 
     rank = int(sys.argv[1])
@@ -424,7 +425,7 @@ FSDP = """
         noisy.step(loss=loss)
     u = torch.cat([noisy.state[p]["momentum"].full_tensor().flatten() for p in sharded.parameters()])
     assert abs(u.norm() - 1) < 1e-12
-    dist.destroy_process_group()
+    leave()
 """
 
 

@@ -1,6 +1,7 @@
 """The world a run lives in: one process, or several started by torchrun. One process is the world of size one."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,4 +99,16 @@ def world(device: str = "auto") -> Iterator[World]:
     try:
         yield World(rank, size, picked)
     finally:
-        torch.distributed.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Leave the processes' group, when its threads have let go of the tensors they sent.
+
+    Gloo's threads drop a collective's tensors shortly after the collective is done, and take Python's lock for it. A
+    process that ends in that moment aborts ("terminate called without an active exception"), and one that frees a
+    DistributedDataParallel in it waits forever (github.com/pytorch/pytorch/issues/190489). Nothing says when they are
+    done; they need microseconds, or their turn on a busy machine.
+    """
+    time.sleep(0.2)
+    torch.distributed.destroy_process_group()
