@@ -14,7 +14,8 @@ from erlangen.gauge import MLP as MLPLayout
 from erlangen.gauge import HeadLayout, Layer, ModelLayout, Norm, describes, rows
 from erlangen.gauge import Rotary as RotaryLayout
 
-from ._cross_entropy import cross_entropy
+from ._attention import causal_attention
+from ._cross_entropy import linear_cross_entropy
 from ._prelu import prelu
 from .config import GPTConfig
 
@@ -45,7 +46,7 @@ class Rotary(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over `scaled_dot_product_attention`, with grouped keys when num_kv_heads < num_heads."""
+    """Causal self-attention, with grouped keys when num_kv_heads < num_heads."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -65,9 +66,7 @@ class Attention(nn.Module):
             q_BHTD, k_BKTD = F.rms_norm(q_BHTD, (self.head_dim,)), F.rms_norm(k_BKTD, (self.head_dim,))
         if rotary is not None:
             q_BHTD, k_BKTD = rotary(q_BHTD), rotary(k_BKTD)
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=self.num_kv_heads < self.num_heads
-        )
+        y_BHTD = causal_attention(q_BHTD, k_BKTD, v_BKTD)
         return self.output(y_BHTD.transpose(1, 2).flatten(2))
 
 
@@ -110,6 +109,16 @@ class Block(nn.Module):
         return x_BTC + self.mlp(self.mlp_norm(x_BTC))
 
 
+class Head(nn.Linear):
+    """The map to logits; called with targets, it returns their mean cross-entropy too, made together with them."""
+
+    def forward(self, x_BTC: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        if targets is None:
+            return super().forward(x_BTC)
+        logits_NV, loss = linear_cross_entropy(x_BTC.flatten(0, 1), self.weight, targets.flatten())
+        return logits_NV.view(*targets.shape, -1), loss
+
+
 class GPT(nn.Module):
     """A decoder transformer.
 
@@ -138,7 +147,7 @@ class GPT(nn.Module):
             self.rotary = Rotary(config.rotary_dim, config.context_length, config.rotary_base)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.norm = nn.LayerNorm(config.dim, bias=config.bias)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.head = Head(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
         self.reset_parameters(generator)
@@ -182,10 +191,8 @@ class GPT(nn.Module):
                 x_BTC = checkpoint(block, x_BTC, self.rotary, use_reentrant=False)
             else:
                 x_BTC = block(x_BTC, self.rotary)
-        logits_BTV = self.head(self.norm(x_BTC))
-        if targets is None:
-            return logits_BTV, None
-        return logits_BTV, cross_entropy(logits_BTV.flatten(0, 1), targets.flatten())
+        x_BTC = self.norm(x_BTC)
+        return (self.head(x_BTC), None) if targets is None else self.head(x_BTC, targets)
 
     @torch.inference_mode()
     def generate(
