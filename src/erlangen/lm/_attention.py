@@ -1,8 +1,8 @@
 """Causal attention in bfloat16 on a CPU, as products of batches.
 
-`scaled_dot_product_attention` multiplies tile by tile there and spends more time between its products than in them
-(docs/training.md). Here a block of queries of all heads is one batched product, its softmax one pass over a buffer
-that stays in cache, and probabilities are computed again in the backward pass, so memory grows with T and not with T².
+For short windows the tiles of `scaled_dot_product_attention` are small there, and most of its time is not spent in
+products. Here a block of queries of all heads is one batched product, its softmax one pass over a buffer that stays in
+cache, and probabilities are computed again in the backward pass, so memory grows with T and not with T².
 
 Shape suffixes: B batch, H heads, K heads of keys and values, T tokens, D width of a head.
 """
@@ -42,9 +42,9 @@ def causal_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
 
 
 def _is_served(q_BHTD: Tensor) -> bool:
-    if q_BHTD.device.type != "cpu" or q_BHTD.shape[2] > _LONGEST or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if q_BHTD.device.type != "cpu" or q_BHTD.shape[2] > _LONGEST or q_BHTD.numel() == 0:
         return False
     autocast = torch.is_autocast_enabled("cpu") and q_BHTD.dtype != torch.float64
     return (torch.get_autocast_dtype("cpu") if autocast else q_BHTD.dtype) == torch.bfloat16

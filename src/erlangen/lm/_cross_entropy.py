@@ -35,15 +35,21 @@ def linear_cross_entropy(x_NC: Tensor, weight_VC: Tensor, targets_N: Tensor) -> 
     Returns:
         logits [N, V] and the loss [].
     """
-    device = x_NC.device.type
-    autocast = torch.is_autocast_enabled(device) and x_NC.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else x_NC.dtype
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if dtype.itemsize >= 4 or transformed or torch.compiler.is_compiling():
+    if not _is_served(x_NC):
         logits_NV = F.linear(x_NC, weight_VC)
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         return logits_NV, F.cross_entropy(logits_NV.to(wide), targets_N)
+    device = x_NC.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NC.dtype
     return _LinearCrossEntropy.apply(x_NC.to(dtype), weight_VC, targets_N)
+
+
+def _is_served(x_NC: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    device = x_NC.device.type
+    autocast = torch.is_autocast_enabled(device) and x_NC.dtype != torch.float64
+    return (torch.get_autocast_dtype(device) if autocast else x_NC.dtype).itemsize < 4
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
