@@ -55,3 +55,12 @@ def test_low_precision_keeps_its_dtype_and_the_slope_its_own(dtype: torch.dtype)
     bound = 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(found[0].double(), asked[0], rtol=bound, atol=bound)
     torch.testing.assert_close(found[1].double(), asked[1], rtol=4 * bound, atol=64 * bound)
+
+
+def test_gradients_of_many_pulls_at_once(inputs: tuple[Tensor, Tensor]) -> None:
+    out = prelu(*inputs)
+    pulls = torch.randn(4, *out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad(out, inputs, pulls, is_grads_batched=True, retain_graph=True)
+    for number, pull in enumerate(pulls):
+        asked = torch.autograd.grad(out, inputs, pull, retain_graph=True)
+        assert all(torch.allclose(f[number], a, rtol=1e-13, atol=1e-13) for f, a in zip(found, asked))

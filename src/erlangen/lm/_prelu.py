@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 _CHUNK = 2**17  # numbers
 
@@ -40,7 +41,8 @@ class _PReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, slope_F = ctx.saved_tensors
-        if not torch.is_grad_enabled() and grad.device.type == "cpu":
+        batched = is_functorch_wrapped_tensor(grad) or is_legacy_batchedtensor(grad)
+        if grad.device.type == "cpu" and not (batched or torch.is_grad_enabled()):
             return _gradients(grad, x, slope_F)
         right = torch.ops.aten.threshold_backward(grad, x, 0)
         left = grad - right
