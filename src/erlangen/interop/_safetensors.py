@@ -266,12 +266,26 @@ class Spool(MutableMapping[str, Tensor]):
         return read(self._path, self._entries[name], first, last)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        dtype, shape, entry = _NAMES[tensor.dtype], tuple(tensor.shape), self._entries.get(name)
-        if entry is None or (entry.dtype, entry.shape) != (dtype, shape):
-            entry = Entry(dtype, shape, self._size, self._size + tensor.dtype.itemsize * tensor.numel())
-            self._size = entry.stop
+        entry = self._place(name, tensor.dtype, tensor.shape)
         write(self._path, entry, tensor.detach().cpu())
         self._entries[name] = entry
+
+    def put_rows(
+        self, name: str, dtype: torch.dtype, shape: torch.Size, pieces: Iterable[tuple[slice, Tensor]]
+    ) -> None:
+        """Set a tensor some rows at a time (of its first dimension), all of them."""
+        entry = self._place(name, dtype, shape)
+        for part, rows in pieces:
+            write(self._path, entry, rows.detach().to(device="cpu", dtype=dtype), part.start)
+        self._entries[name] = entry
+
+    def _place(self, name: str, dtype: torch.dtype, shape: torch.Size) -> Entry:
+        """Where a tensor is, or will be."""
+        key, entry = (_NAMES[dtype], tuple(shape)), self._entries.get(name)
+        if entry is None or (entry.dtype, entry.shape) != key:
+            entry = Entry(*key, self._size, self._size + dtype.itemsize * shape.numel())
+            self._size = entry.stop
+        return entry
 
     def __delitem__(self, name: str) -> None:
         del self._entries[name]

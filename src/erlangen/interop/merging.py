@@ -8,7 +8,7 @@ the loss along the path between the two, with the merge and with the plain avera
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,9 +266,19 @@ class _Moved:
         self._apart = self._size = 0.0
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        apart, size = self._pair.squares(name, lambda rows: tensor[rows])
-        self._apart, self._size = self._apart + apart, self._size + size
-        self._kept[name] = tensor.double()
+        parts = chunks(len(tensor), tensor.numel() // max(len(tensor), 1))
+        self.put_rows(name, ((part, tensor[part]) for part in parts))
+
+    def put_rows(self, name: str, pieces: Iterable[tuple[slice, Tensor]]) -> None:
+        """All rows of a tensor, a piece at a time."""
+        self._kept.put_rows(name, torch.float64, self.shape(name), self._measured(name, pieces))
+
+    def _measured(self, name: str, pieces: Iterable[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tensor]]:
+        for part, rows in pieces:
+            one, two = self._pair.one.rows(name, part.start, part.stop).double(), rows.double()
+            self._apart += (one - two).square().sum().item()
+            self._size += one.square().sum().item() + two.square().sum().item()
+            yield part, two
 
     @property
     def distance(self) -> float:
@@ -437,8 +447,8 @@ def _given(pair: "_Pair", inputs: Tensor | Mapping[str, Any] | None) -> Tensor |
 
 def _outputs_before(
     pair: "_Pair", weights: FolderWeights, inputs: Tensor | Mapping[str, Any] | None
-) -> tuple[Tensor | None, str]:
-    """Outputs of the second model in float64, and what they were computed on; or None, and why."""
+) -> tuple[files.Spool | None, str]:
+    """Outputs of the second model in float64, on the disk, and what they were computed on; or None, and why."""
     why, second = "outputs were not compared", pair.two.checkpoint
     needed = 8 * sum(one.numel() for one in map(pair.one.shape, pair.one.layout.tensor_shapes()))
     if (free := _free(weights)) < needed:
@@ -452,7 +462,9 @@ def _outputs_before(
         if inputs is not None:
             raise ValueError(f"the model in {second.folder} does not take these inputs ({error})") from error
         return None, f"{why}: {error}"
-    return before, f"{list(given.shape)} token ids" if isinstance(given, Tensor) else "the inputs given"
+    kept = files.Spool(weights.folder / f"outputs{WRITING}")
+    kept["before"] = before
+    return kept, f"{list(given.shape)} token ids" if isinstance(given, Tensor) else "the inputs given"
 
 
 def _note(record: MergeRecord, matching: Matching) -> None:
@@ -477,7 +489,7 @@ def _compare_moved(
     weights: FolderWeights,
     matching: Matching,
     record: MergeRecord,
-    before: Tensor,
+    kept: files.Spool,
     inputs: Tensor | Mapping[str, Any] | None,
     step: Progress,
 ) -> None:
@@ -492,8 +504,10 @@ def _compare_moved(
         progress=lambda done, total: step(2 * done, 3 * total),
     )  # fmt: skip
     after = _outputs.outputs(moved, second.folder, _given(pair, inputs), torch.float64)
-    record.output_difference = (after - before).abs().max().item()
-    record.output_scale = before.square().mean().sqrt().item()
+    before = kept["before"]
+    record.output_scale = (torch.linalg.vector_norm(before) / before.numel() ** 0.5).item()
+    record.output_difference = after.sub_(before).abs_().max().item()
+    kept.remove()
     record.distance_after = moved.distance
     shutil.rmtree(folder)
 
