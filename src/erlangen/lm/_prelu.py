@@ -41,7 +41,7 @@ class _PReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, slope_F = ctx.saved_tensors
-        batched = is_functorch_wrapped_tensor(grad) or is_legacy_batchedtensor(grad)
+        batched = any(is_functorch_wrapped_tensor(y) or is_legacy_batchedtensor(y) for y in (grad, x, slope_F))
         if grad.device.type == "cpu" and not (batched or torch.is_grad_enabled()):
             return _gradients(grad, x, slope_F)
         right = torch.ops.aten.threshold_backward(grad, x, 0)
